@@ -1,0 +1,335 @@
+"""What the command line prints: progress, the gate, results, prompts, errors.
+
+In: plain data as the pipeline returns it. Out: text on a rich console. Invariants: text that comes from a model or from
+data is never read as markup and cannot move the cursor or reorder the line (`plain`); nothing depends on colour alone;
+nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from ctxdistill.errors import CtxDistillError
+from ctxdistill.report import visible
+from ctxdistill.results import arm_label, cells, examples, finite, metric_label, result_table, verdict
+
+SIDE_BY_SIDE = 120
+"""Columns from which two prompts stand beside each other."""
+QUIET = 10.0
+"""Seconds between two lines about the same stage when nobody watches a bar."""
+LONGEST = 200
+"""Characters of an answer in the side-by-side table; what is left out is counted."""
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console for now: width and colour are those of the stream as it is."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else SIDE_BY_SIDE
+    return Console(file=stream, width=width, highlight=False, emoji=False, markup=False)
+
+
+def plain(text: Any, style: str = "") -> Text:
+    """Text from anywhere, shown as itself."""
+    return Text(visible(str(text)), style=style)
+
+
+# -- progress ---------------------------------------------------------------------------------------------------------
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="dim")
+
+
+class Watcher:
+    """A `Progress` callable that reports on stderr: a bar on a terminal, else a line now and then.
+
+    A stage's name may end in a changing remark in brackets, such as `train (loss 0.123)`.
+    """
+
+    def __init__(self, first: str = "reading the rows, loading the model") -> None:
+        self.err = console(stderr=True)
+        self._first = first
+        self._bar: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._stage, self._state, self._printed = "", (0, 0), True
+        self._began = self._last = time.monotonic()
+        self._log = _Log(self.err)
+
+    def __enter__(self) -> Watcher:
+        logging.getLogger("ctxdistill").addHandler(self._log)
+        logging.getLogger("ctxdistill").setLevel(logging.INFO)
+        if self.err.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
+                console=self.err, redirect_stdout=False,
+            )  # fmt: skip
+            self._bar.start()
+            self._tasks[""] = self._bar.add_task(self._first, total=None)
+        else:
+            self.err.print(self._first)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        logging.getLogger("ctxdistill").removeHandler(self._log)
+        if self._bar:
+            self._forget_first()
+            self._bar.stop()
+        else:
+            self._line()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bar:
+            self._show(stage, done, total)
+            return
+        if (name := stage.partition(" (")[0]) != self._stage.partition(" (")[0] or done < self._state[0]:
+            self._line()  # a stage that ended early, too, has its last line
+            self._began = self._last = time.monotonic()
+        del name
+        self._stage, self._state, self._printed = stage, (done, total), False
+        if done >= total or time.monotonic() - self._last >= QUIET:
+            self._line()
+
+    def _show(self, stage: str, done: int, total: int) -> None:
+        assert self._bar is not None
+        self._forget_first()
+        name = stage.partition(" (")[0]
+        if name in self._tasks and done < self._bar.tasks[-1].completed:
+            del self._tasks[name]  # the same stage on other rows
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(stage, total=total)
+        self._bar.update(self._tasks[name], description=visible(stage), completed=done, total=total)
+
+    def _forget_first(self) -> None:
+        if self._bar and "" in self._tasks:
+            self._bar.remove_task(self._tasks.pop(""))
+
+    def _line(self) -> None:
+        if self._printed:
+            return
+        (done, total), seconds = self._state, time.monotonic() - self._began
+        rate = f", {done / seconds:.1f}/s" if seconds >= 1 else ""
+        left = f", {seconds / done * (total - done):.0f} s left" if 0 < done < total and seconds >= 1 else ""
+        self.err.print(plain(f"{self._stage}: {done}/{total} in {seconds:.0f} s{rate}{left}"), soft_wrap=True)
+        self._printed, self._last = True, time.monotonic()
+
+
+class _Log(logging.Handler):
+    """What the pipeline remarks, above the bar."""
+
+    def __init__(self, err: Console) -> None:
+        super().__init__(logging.INFO)
+        self.err = err
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.err.print(plain(record.getMessage(), "dim"), soft_wrap=True)
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def error(message: str) -> None:
+    """`Error: ...` on stderr."""
+    console(stderr=True).print(Text.assemble(("Error: ", "bold red"), visible(message)), soft_wrap=True)
+
+
+def error_dict(found: CtxDistillError) -> dict[str, Any]:
+    """The same for machines."""
+    names = ("message", "expected", "found", "fix")
+    return {"kind": type(found).__name__, **{name: getattr(found, name) for name in names}}
+
+
+# -- gate and results -------------------------------------------------------------------------------------------------
+
+
+def gate(out: Console, found: Mapping[str, Any]) -> None:
+    """The gate's verdict, its reasons and what the rest would take."""
+    out.print(Text.assemble("gate: ", (found["verdict"], "bold green" if found["verdict"] == "teach" else "bold yellow")))
+    for reason in found.get("reasons") or []:
+        _item(out, reason)
+    query, expected = found.get("query_tokens") or {}, found.get("estimate") or {}
+    if query:
+        sizes = f"the context takes {found['context_tokens']:,} tokens, a query {query['mean']:.0f} (longest {query['max']:,})"
+        _item(out, f"{sizes}; the model's window is {found['window'] or 'not known'}{'' if found['window'] is None else ' tokens'}")
+    if finite(expected.get("seconds")):
+        text = f"estimated: {duration(expected['seconds'])} to distil"
+        text += f", {expected['memory_mb']:,.0f} MB" if finite(expected.get("memory_mb")) else ""
+        _item(out, text + (f", cost {expected['cost']:.2f}" if finite(expected.get("cost")) else ""))
+
+
+def results(out: Console, path: Path, evaluation: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> None:
+    """Everything that a finished run says: gate, table, five rows side by side, verdict, cost, files."""
+    if evaluation.get("gate"):
+        gate(out, evaluation["gate"])
+    out.print()
+    out.print(_table(evaluation))
+    intervals = "in brackets: 95 % intervals over the held-out rows"
+    out.print(plain(f"{evaluation.get('rows', 0)} held-out rows, {evaluation.get('answers', 0)} with a reference answer; {intervals}", "dim"))
+    if shown := examples(scores, evaluation, 5):
+        out.print()
+        _side_by_side(out, shown, evaluation["arms"])
+    found = verdict(evaluation)
+    out.print()
+    out.print(plain(found["sentence"], "bold"))
+    for remark in [*found["remarks"], *pays_off(evaluation.get("cost") or {}), *(evaluation.get("notes") or [])]:
+        _item(out, remark)
+    out.print()
+    for name, file in (("adapter", path / "adapter"), ("report", path / "report.html")):
+        out.print(plain(f"{name}: {file}"), soft_wrap=True)
+
+
+def _item(out: Console, text: str) -> None:
+    out.print(Padding(plain(f"- {text}"), (0, 0, 0, 2)))
+
+
+def _table(evaluation: Mapping[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("")
+    for arm in evaluation["arms"]:
+        table.add_column(plain(arm_label(arm)), justify="right", overflow="fold")
+    for row in result_table(evaluation):
+        table.add_row(plain(row["label"]), *(plain(row["cells"][arm]) for arm in evaluation["arms"]))
+    return table
+
+
+def _side_by_side(out: Console, shown: Iterable[Mapping[str, Any]], arms: Sequence[str]) -> None:
+    """Each query with its reference answer, and below it one line per arm; columns would break long answers apart."""
+    width = max(len(arm_label(arm)) for arm in (*arms, "reference"))
+    for row in shown:
+        out.print(plain(row["query"] or row["row"], "bold"))
+        lines = [("reference", row["answer"], "")] if row["answer"] is not None else []
+        lines += [(found["label"], found["prediction"], found["mark"]["text"]) for found in row["arms"]]
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(width=width, no_wrap=True, style="dim")
+        grid.add_column(overflow="fold")
+        grid.add_column(no_wrap=True)
+        for label, text, mark in lines:
+            style = "green" if mark.startswith("✓") else "red" if mark.startswith("✗") else ""
+            grid.add_row(plain(label), plain(_clip(text)), plain(mark, style))
+        out.print(Padding(grid, (0, 0, 0, 2)))
+
+
+def _clip(text: str | None) -> str:
+    flat = "–" if text is None else " ⏎ ".join(line.strip() for line in text.strip().splitlines())
+    return flat if len(flat) <= LONGEST else f"{flat[:LONGEST]} … (+{len(flat) - LONGEST} characters)"
+
+
+def pays_off(cost: Mapping[str, Any]) -> list[str]:
+    """When the work of distilling is earned back, as sentences."""
+    lines = []
+    if finite(saved := cost.get("prompt_tokens_saved")):
+        total = (cost.get("seconds") or {}).get("total")
+        lines.append(f"every request is {saved:,.0f} prompt tokens shorter" + (f"; distilling took {duration(total)}" if finite(total) else ""))
+    money = cost.get("break_even_money") or {}
+    ways = [("time on this machine", cost.get("break_even_requests")), ("prompt tokens", cost.get("break_even_tokens"))]
+    for way, requests in ways + ([("money", money.get("requests"))] if money else []):
+        if finite(requests):
+            days = f" ({money['days']:,.1f} days)" if way == "money" and finite(money.get("days")) else ""
+            lines.append(f"pays off after {math.ceil(requests):,} requests, counted in {way}{days}")
+        elif way == "time on this machine" and not finite(cost.get("ms_saved")):
+            continue  # not measured
+        elif cost:
+            lines.append(f"never pays off counted in {way}: a request saves none")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3.5 min`, `2.1 h`."""
+    for unit, size, digits in (("h", 3600, 1), ("min", 60, 1)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def row(out: Console, shown: Mapping[str, Any]) -> None:
+    """Both prompts of a row and the supervised tokens; what the chat template added by itself is marked."""
+    marked = out.color_system is None  # dim and underline would not be seen
+    out.print(plain(f"row {shown['id']} ({shown['split']})", "bold"))
+    out.print(Text.assemble("added by the chat template: ", _part("like this", "template", marked)))
+    titles = {side: f"{side} prompt, {shown[f'{side}_tokens']:,} tokens" for side in ("teacher", "student")}
+    prompts = {side: Text.assemble(*(_part(p["text"], p["kind"], marked) for p in shown[side])) for side in titles}
+    if out.is_terminal and out.width >= SIDE_BY_SIDE:
+        table = Table(expand=True, header_style="bold")
+        for side in titles:
+            table.add_column(titles[side], ratio=1, overflow="fold")
+        table.add_row(*prompts.values())
+        out.print(table)
+    else:
+        for side, text in prompts.items():
+            out.print(Rule(titles[side], align="left"))
+            out.print(text, soft_wrap=True)
+    tokens = shown["completion"]
+    out.print(Rule("supervised tokens" + ("" if tokens is None else f", {len(tokens)}"), align="left"))
+    if tokens is None:
+        out.print("not made yet: the teacher writes them when the recipe is distilled")
+    else:
+        out.print(Text(" ").join(_token(text) for text, _ in tokens), soft_wrap=True)
+
+
+def _part(text: str, kind: str, marked: bool) -> Text:
+    if kind != "template":
+        return plain(text, "bold" if kind == "query" else "")
+    return plain(f"⟦{text}⟧") if marked else plain(text, "dim underline")
+
+
+def _token(text: str) -> Text:
+    return Text.assemble("⟨", plain(text.replace("\n", "\\n").replace("\t", "\\t"), "bold"), "⟩")
+
+
+class Answers:
+    """Prints streamed answers, arm by arm, under a header per arm."""
+
+    def __init__(self, out: Console) -> None:
+        self.out, self.arm = out, ""
+
+    def add(self, arm: str, piece: str) -> None:
+        """The next piece of an arm's answer."""
+        if arm != self.arm:
+            self.end()
+            self.out.print(Rule(plain(arm_label(arm)), align="left"))
+            self.arm = arm
+        self.out.print(plain(piece), end="", soft_wrap=True)
+        self.out.file.flush()
+
+    def end(self) -> None:
+        """Close the last line."""
+        if self.arm:
+            self.out.print()
+
+
+def group(*parts: RenderableType) -> Group:
+    """Several things, one below the other."""
+    return Group(*parts)
+
+
+__all__ = ["Answers", "Watcher", "cells", "console", "error", "error_dict", "gate", "metric_label", "plain", "results", "row"]

@@ -1,0 +1,62 @@
+"""What a user can cause, and can fix.
+
+Every message says what was expected, what was found and what to do. The command line turns these into exit code 2 and
+never shows a traceback; anything else that escapes is a bug (exit code 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class CtxDistillError(Exception):
+    """Base of all errors that the user can fix.
+
+    Args:
+        message: what is wrong, in one sentence.
+        expected: what would have been right.
+        found: what was there instead.
+        fix: what to do about it.
+    """
+
+    def __init__(self, message: str, *, expected: str = "", found: str = "", fix: str = "") -> None:
+        self.message, self.expected, self.found, self.fix = message, expected, found, fix
+        parts = [("expected", expected), ("found", found), ("fix", fix)]
+        super().__init__("\n".join([message, *(f"  {name}: {text}" for name, text in parts if text)]))
+
+
+class RecipeError(CtxDistillError):
+    """The recipe is wrong: unknown key, wrong type, values that contradict each other."""
+
+
+class DataError(CtxDistillError):
+    """Rows cannot be read or do not fit together: broken lines, missing columns, duplicates, overlap."""
+
+
+class ModelError(CtxDistillError):
+    """The model, tokenizer or adapter cannot be loaded or cannot do what the recipe asks."""
+
+
+class FitError(CtxDistillError):
+    """A prompt does not fit the model's window. Nothing is ever cut in silence."""
+
+
+class RunError(CtxDistillError):
+    """The run folder is missing, incomplete, damaged, locked or belongs to another recipe."""
+
+
+class GateError(CtxDistillError):
+    """The gate found nothing to teach and the recipe says to stop then."""
+
+
+class TrainError(CtxDistillError):
+    """Training cannot go on: a loss that is not finite, a gradient that is zero."""
+
+
+def several(kind: type[CtxDistillError], what: str, problems: Sequence[str], *, fix: str = "", most: int = 20) -> CtxDistillError:
+    """One error that lists all problems, at most `most` of them spelled out, so that the user mends them in one go."""
+    lines = [f"  - {problem}" for problem in problems[:most]]
+    if len(problems) > most:
+        lines.append(f"  - ... and {len(problems) - most} more")
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return kind("\n".join([f"{what}: {count}", *lines]), fix=fix)

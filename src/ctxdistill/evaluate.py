@@ -1,0 +1,343 @@
+"""Every arm on the same rows: zero-shot (no context, no adapter), in-context (the teacher), distilled (the student).
+
+In: pairs of prompts, the model, the teacher's targets on these pairs. Out: one score per arm and row, the tables made of
+them, the gate's verdict. Invariants: all arms share rows, prompts, decoding and scoring; fidelity is measured on the
+teacher's own greedy completions with exact targets; every estimate comes with a 95 % interval.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ctxdistill import losses, stats
+from ctxdistill.errors import RecipeError
+from ctxdistill.lm import LM
+from ctxdistill.prompts import Pair, Prompter, join
+from ctxdistill.recipe import CompletionsSection, EvalSection, Recipe, TargetsSection
+from ctxdistill.rundir import Progress, no_progress
+from ctxdistill.targets import Target, TargetStore, label, score_labels
+
+ARMS = ("zero_shot", "in_context", "distilled")
+Score = dict[str, Any]
+Metric = Callable[[str, str | None, Mapping[str, Any]], float | None]
+"""(prediction, answer, the row's columns) -> a number, or None where the row cannot be judged."""
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def same(prediction: str, answer: str) -> bool:
+    """Equal but for case and white space."""
+    return " ".join(prediction.split()).casefold() == " ".join(answer.split()).casefold()
+
+
+def field_accuracy(pattern: re.Pattern[str], prediction: str, answer: str) -> float:
+    """Share of the named groups of `pattern` that prediction and answer have in common; 0 for another format."""
+    right, found = pattern.fullmatch(answer), pattern.fullmatch(prediction)
+    if not right or not found:
+        return 0.0
+    return statistics.fmean(same(found[name] or "", right[name] or "") for name in pattern.groupindex)
+
+
+def metrics_of(recipe: Recipe, pairs: Sequence[Pair]) -> dict[str, Metric]:
+    """The row metrics that the recipe names, or all that its data allows. `macro_f1` is made from the predictions later.
+
+    Raises: `RecipeError` for a metric that lacks what it needs.
+    """
+    e = recipe.eval
+    pattern = re.compile(e.format, re.DOTALL) if e.format else None
+    answers = any(pair.answer is not None for pair in pairs)
+    with_answer: dict[str, Metric] = {}
+    if recipe.prompt.label_words:
+        with_answer["label_accuracy"] = lambda p, a, _: None if a is None else float(p == a)
+    else:
+        with_answer["exact_match"] = lambda p, a, _: None if a is None else float(same(p, a))
+    available: dict[str, Metric] = dict(with_answer) if answers else {}
+    if pattern is not None:
+        available["format"] = lambda p, _a, _r: float(pattern.fullmatch(p) is not None)
+        if pattern.groupindex and answers:
+            available["field_accuracy"] = lambda p, a, _: None if a is None else field_accuracy(pattern, p, a)
+    if not e.metrics:
+        return available
+    chosen: dict[str, Metric] = {}
+    for name in e.metrics:
+        if ":" in name:
+            chosen[name] = load_function(name, recipe)
+        elif name in available:
+            chosen[name] = available[name]
+        elif name != "macro_f1" or not recipe.prompt.label_words or not answers:
+            needs = {
+                "format": "eval.format", "field_accuracy": "eval.format with named groups, and reference answers",
+                "exact_match": "reference answers (column eval.answer) and no prompt.label_words",
+                "label_accuracy": "prompt.label_words and reference answers", "macro_f1": "prompt.label_words and reference answers",
+            }  # fmt: skip
+            raise RecipeError(f"eval.metrics: {name} cannot be measured here", expected=needs[name], fix="add it, or drop the metric")
+    return chosen
+
+
+def load_function(name: str, recipe: Recipe) -> Metric:
+    """A user's own metric, `module:function`; modules beside the recipe are found."""
+    module, _, function = name.partition(":")
+    folder = str(recipe.base_dir)
+    sys.path.insert(0, folder)
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(
+            f"eval.metrics: cannot load {name!r}: {error}", expected="a module beside the recipe or installed, and a function in it"
+        ) from None
+    finally:
+        sys.path.remove(folder)
+
+    def metric(prediction: str, answer: str | None, row: Mapping[str, Any]) -> float:
+        value = found(prediction, answer, row)
+        if not isinstance(value, int | float):
+            raise RecipeError(f"{name} returned {value!r}", expected="a number")
+        return float(value)
+
+    return metric
+
+
+# -- arms -------------------------------------------------------------------------------------------------------------
+
+
+def teacher_targets(
+    lm: LM, prompter: Prompter, pairs: Sequence[Pair], recipe: Recipe, store: TargetStore, progress: Progress = no_progress
+) -> list[Target]:
+    """The teacher's greedy answers on held-out rows, with its exact hidden states."""
+    completions = CompletionsSection(source="teacher", temperature=0.0, max_new_tokens=recipe.eval.max_new_tokens)
+    kind = TargetsSection(kind="hidden", batch_size=recipe.targets.batch_size)
+    made = label(
+        lm, prompter, pairs, recipe, store, completions=completions, kind=kind, progress=progress, stage="in-context answers"
+    )
+    return [row[0] for row in made]
+
+
+@torch.no_grad()
+def score_arm(
+    arm: str,
+    lm: LM,
+    prompter: Prompter,
+    pairs: Sequence[Pair],
+    targets: Sequence[Target],
+    recipe: Recipe,
+    *,
+    progress: Progress = no_progress,
+) -> list[Score]:
+    """One score per row; see `docs/concepts.md` for what each number is."""
+    metrics = metrics_of(recipe, pairs)
+    batch = recipe.targets.batch_size
+    scores: list[Score] = []
+    with lm.adapter(arm == "distilled"):
+        prompts = [pair.teacher if arm == "in_context" else pair.student for pair in pairs]
+        prefix = lm.prefix(prompts)
+        for start in range(0, len(pairs), batch):
+            some = slice(start, start + batch)
+            if arm == "in_context":
+                written = [list(target.ids) for target in targets[some]]
+            else:
+                written = lm.generate(
+                    prompts[some], max_new_tokens=recipe.eval.max_new_tokens, ends=prompter.ends, prefix=prefix
+                )
+            greedy = [prompter.text(ids) for ids in written]
+            predictions = greedy
+            if recipe.prompt.label_words:
+                logprobs = score_labels(lm, prompts[some], prompter.labels, prefix=prefix, batch_size=batch)
+                predictions = [recipe.prompt.label_words[i] for i in logprobs.argmax(1).tolist()]
+            rows = [join(prompt, target.ids) for prompt, target in zip(prompts[some], targets[some], strict=True)]
+            hiddens = lm.hidden(rows, prefix)
+            for pair, target, prediction, text, hidden in zip(pairs[some], targets[some], predictions, greedy, hiddens, strict=True):
+                score = {
+                    "arm": arm, "row": pair.id, "query": pair.query, "answer": pair.answer, "prediction": prediction,
+                    "metrics": {name: metric(prediction, pair.answer, pair.fields) for name, metric in metrics.items()},
+                    "prompt_tokens": len(pair.teacher if arm == "in_context" else pair.student),
+                    **fidelity(lm, prompter, target, hidden if arm != "in_context" else None),
+                }  # fmt: skip
+                if recipe.prompt.label_words:
+                    score["greedy"] = text
+                scores.append(score)
+            progress(f"evaluate {arm.replace('_', '-')}", len(scores), len(pairs))
+    return scores
+
+
+def fidelity(lm: LM, prompter: Prompter, target: Target, hidden: torch.Tensor | None) -> Score:
+    """How far hidden states [T, d] at the teacher's completion are from the teacher's; None is the teacher itself."""
+    n = len(target.ids)
+    if hidden is None:
+        return {"kl": 0.0, "top1": 1.0, "tokens": n}
+    teacher = lm.head(target.tensors["hidden"].to(lm.device))  # [T, V]
+    own = lm.head(hidden)  # [T, V]
+    kl = losses.divergence("forward_kl", teacher, own).clamp(min=0)  # [T]
+    top1 = (teacher.argmax(-1) == own.argmax(-1)).float().mean().item()
+    tokens = [[piece, round(value, 5)] for piece, value in zip(prompter.pieces(target.ids), kl.tolist(), strict=True)]
+    return {"kl": kl.mean().item(), "top1": top1, "tokens": n, "token_kl": tokens}
+
+
+@torch.no_grad()
+def latency(arm: str, lm: LM, prompter: Prompter, pairs: Sequence[Pair], recipe: Recipe, progress: Progress = no_progress) -> list[float]:
+    """Milliseconds per request, one request at a time, the whole prompt read each time (a server without prefix cache)."""
+    times = []
+    rows = pairs[: recipe.eval.latency_rows]
+    with lm.adapter(arm == "distilled"):
+        for number, pair in enumerate([*rows[:1], *rows]):  # the first one warms up
+            prompt = pair.teacher if arm == "in_context" else pair.student
+            started = time.perf_counter()
+            lm.generate([prompt], max_new_tokens=recipe.eval.max_new_tokens, ends=prompter.ends)
+            times.append(1000 * (time.perf_counter() - started))
+            progress(f"time {arm.replace('_', '-')}", number, len(rows))
+    return times[1:]
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def main_metric(scores: Sequence[Score]) -> str | None:
+    """The metric that the gate and `gap_closed` look at: accuracy where there are answers, else the user's first one."""
+    names = list(scores[0]["metrics"]) if scores else []
+    for name in ("label_accuracy", "exact_match"):
+        if name in names and any(s["metrics"][name] is not None for s in scores):
+            return name
+    return next((n for n in names if ":" in n), next((n for n in names if n == "format"), None))
+
+
+def column(scores: Sequence[Score], metric: str) -> np.ndarray[Any, Any]:
+    """A metric's values over the rows where it is defined, [N]."""
+    return np.array([s["metrics"][metric] for s in scores if s["metrics"].get(metric) is not None], dtype=float)
+
+
+def tables(
+    scores: Mapping[str, Sequence[Score]], latencies: Mapping[str, Sequence[float]], section: EvalSection, seed: int
+) -> dict[str, Any]:
+    """`evaluation.json` but for gate, training and cost."""
+    options = {"resamples": section.bootstrap, "seed": seed}
+    arms = [arm for arm in ARMS if arm in scores]
+    first = scores[arms[0]]
+    main = main_metric(first)
+    table: dict[str, Any] = {}
+    for arm in arms:
+        rows = scores[arm]
+        cells = {m: stats.bootstrap_mean(column(rows, m), **options).to_dict() for m in first[0]["metrics"] if len(column(rows, m))}
+        if "label_accuracy" in cells:
+            cells["macro_f1"] = macro_f1_estimate(rows, **options)
+        if arm != "in_context":
+            cells["kl"] = kl_estimate(rows, **options)
+            cells["top1"] = stats.bootstrap_mean([s["top1"] for s in rows], **options).to_dict()
+        lengths = [s["prompt_tokens"] for s in rows]
+        cells["prompt_tokens"] = {"mean": statistics.fmean(lengths), "low": min(lengths), "high": max(lengths), "n": len(lengths)}
+        if latencies.get(arm):
+            cells["latency_ms"] = stats.bootstrap_mean(latencies[arm], **options).to_dict()
+        table[arm] = cells
+    result: dict[str, Any] = {
+        "arms": arms,
+        "rows": len(first),
+        "answers": sum(s["answer"] is not None for s in first),
+        "main_metric": main,
+        "table": table,
+        "kl_closed": None,
+        "gap_closed": None,
+        "comparisons": comparisons(scores, arms, main, options) if main else [],
+        "constant": constant(first),
+    }
+    if "distilled" in scores:
+        tokens = [s["tokens"] for s in first]
+        sums = {arm: [s["kl"] * s["tokens"] for s in scores[arm]] for arm in ("distilled", "zero_shot")}
+        closed = stats.kl_closed(sums["distilled"], sums["zero_shot"], tokens, **options)
+        result["kl_closed"] = closed.to_dict() if closed else None
+        if main:
+            gap = stats.closed(*(column(scores[arm], main) for arm in ("distilled", "zero_shot", "in_context")), **options)
+            result["gap_closed"] = {"undefined": gap} if isinstance(gap, str) else gap.to_dict()
+    return result
+
+
+def kl_estimate(rows: Sequence[Score], *, resamples: int, seed: int) -> dict[str, float]:
+    """Mean KL per token (long answers count for their tokens), with an interval over rows."""
+    sums, tokens = np.array([s["kl"] * s["tokens"] for s in rows]), np.array([s["tokens"] for s in rows])
+    draws = np.random.default_rng(seed).integers(0, len(rows), (resamples, len(rows)))
+    low, high = np.quantile(sums[draws].sum(1) / tokens[draws].sum(1), [0.025, 0.975])
+    return {"mean": float(sums.sum() / tokens.sum()), "low": float(low), "high": float(high), "n": len(rows)}
+
+
+def macro_f1_estimate(rows: Sequence[Score], *, resamples: int, seed: int) -> dict[str, float]:
+    """Macro-F1 with a bootstrap interval over rows."""
+    judged = [(s["answer"], s["prediction"]) for s in rows if s["answer"] is not None]
+    answers, predictions = np.array([a for a, _ in judged]), np.array([p for _, p in judged])
+    random = np.random.default_rng(seed)
+    draws = [random.integers(0, len(judged), len(judged)) for _ in range(min(resamples, 500))]
+    low, high = np.quantile([stats.macro_f1(answers[d], predictions[d]) for d in draws], [0.025, 0.975])
+    return {"mean": stats.macro_f1(answers, predictions), "low": float(low), "high": float(high), "n": len(judged)}
+
+
+def constant(rows: Sequence[Score]) -> dict[str, Any] | None:
+    """What always giving the most frequent answer would score: the floor for every accuracy."""
+    answers = [s["answer"] for s in rows if s["answer"] is not None]
+    if not answers:
+        return None
+    answer, accuracy = stats.constant_baseline(answers)
+    metric = "label_accuracy" if "label_accuracy" in rows[0]["metrics"] else "exact_match"
+    return {"prediction": answer, "metric": metric, "mean": accuracy}
+
+
+def comparisons(
+    scores: Mapping[str, Sequence[Score]], arms: Sequence[str], metric: str, options: dict[str, int]
+) -> list[dict[str, Any]]:
+    """Every pair of arms on the same rows."""
+    result = []
+    for i, b in enumerate(arms):
+        for a in arms[i + 1 :]:
+            x, y = column(scores[a], metric), column(scores[b], metric)
+            binary = set(np.unique(np.concatenate([x, y]))) <= {0.0, 1.0}
+            difference = stats.paired_difference(x, y, **options).to_dict()
+            result.append(
+                {"a": a, "b": b, "metric": metric, "difference": difference, "p_mcnemar": stats.mcnemar(x, y) if binary else None}
+            )
+    return result
+
+
+# -- the gate ---------------------------------------------------------------------------------------------------------
+
+
+def gate_verdict(
+    scores: Mapping[str, Sequence[Score]], pairs: Sequence[Pair], lm: LM, recipe: Recipe, estimate: dict[str, Any]
+) -> dict[str, Any]:
+    """Is there anything to teach? From the zero-shot and in-context arms on the same rows."""
+    options = {"resamples": recipe.eval.bootstrap, "seed": recipe.train.seed}
+    base, teacher = scores["zero_shot"], scores["in_context"]
+    kl = kl_estimate(base, **options)
+    metric, gain = main_metric(base), None
+    reasons, teach = [], True
+    if kl["mean"] < recipe.gate.min_kl:
+        teach = False
+        reasons.append(f"the context hardly changes the model: KL {kl['mean']:.4f} nats per token, below {recipe.gate.min_kl}")
+    else:
+        reasons.append(f"the context changes the model: KL {kl['mean']:.3f} [{kl['low']:.3f}, {kl['high']:.3f}] nats per token")
+    if metric:
+        gain = stats.paired_difference(column(teacher, metric), column(base, metric), **options).to_dict()
+        text = f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}] points of {metric}"
+        if gain["low"] > recipe.gate.min_gain:
+            reasons.append(f"the context helps: {text}")
+        else:
+            teach = False
+            reasons.append(f"the context does not help, or it cannot be told with {gain['n']} rows: {text}")
+    lengths = [len(pair.student) for pair in pairs]
+    extra = [len(pair.teacher) - len(pair.student) for pair in pairs]
+    return {
+        "verdict": "teach" if teach else "nothing to teach",
+        "reasons": reasons,
+        "gain": gain,
+        "metric": metric,
+        "kl": kl,
+        "context_tokens": round(statistics.median(extra)),
+        "query_tokens": {"mean": statistics.fmean(lengths), "max": max(lengths)},
+        "window": lm.window,
+        "fits": True,  # prompts that do not fit were refused before
+        "estimate": estimate,
+    }

@@ -1,0 +1,534 @@
+"""The only door to transformers and peft: load a model, switch the adapter, score, generate.
+
+In: token ids. Out: final hidden states at the positions asked for, logits in fp32, generated ids. Invariants: there is
+one copy of the weights, frozen and without dropout; the teacher and the base model are this model with the adapter off,
+the student is it with the adapter on; a shared prefix is forwarded once and its key-value cache is never changed, only
+copied; scoring against it equals the full forward (`tests/test_lm.py` holds this for every supported architecture).
+
+Dimensions: B batch, L sequence, P prefix, T supervised positions, V vocabulary, d hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import struct
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
+
+from ctxdistill.errors import FitError, ModelError, RunError
+from ctxdistill.recipe import LoraSection, ModelSection
+from ctxdistill.rundir import disk_error, fingerprint
+
+PAD = 0  # padding is masked everywhere, so any id that has an embedding will do; a tokenizer's own may have none
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Token ids that many prompts start with, and their key-value cache: one [1, heads, P, head size] pair per layer."""
+
+    ids: tuple[int, ...]
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    def cache(self, batch: int) -> DynamicCache:
+        """A cache that a batch of `batch` rows may grow. The stored tensors are views and stay as they are, since
+        `DynamicLayer.update` concatenates into new ones."""
+        cache = DynamicCache()
+        for keys, values in self.layers:
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+            cache.layers.append(layer)
+        return cache
+
+
+@dataclass
+class LM:
+    """A frozen causal language model with its tokenizer, and the student's adapter once there is one."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    info: dict[str, Any]
+    peft: Any = None
+    notes: list[str] = field(default_factory=list)
+    """What the user should know, such as a fall-back that was taken."""
+
+    @classmethod
+    def load(cls, section: ModelSection, base_dir: Path = Path(".")) -> LM:
+        """Load the model and tokenizer that the recipe names, frozen, in eval mode.
+
+        Raises: `ModelError` when there is no such model, or its head is not understood.
+        """
+        device = pick_device(section.device)
+        dtype = pick_dtype(section.dtype, device)
+        source, weights = locate(section, base_dir)
+        options: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+        tokenizer = load_tokenizer(section, base_dir)
+        with loading(section.name):
+            config = AutoConfig.from_pretrained(source, **options)
+            for name, value in config.to_dict().items():
+                if ("dropout" in name or name.endswith("_pdrop") or name == "layerdrop") and isinstance(value, float):
+                    setattr(config, name, 0.0)  # a frozen model has no noise; then train mode changes nothing either
+            if section.attention != "auto":
+                options["attn_implementation"] = section.attention
+            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, **options)
+        model.to(device).eval().requires_grad_(False)
+        info = {
+            "name": section.name,
+            "revision": getattr(config, "_commit_hash", None) or section.revision,
+            "weights_sha256": weights,
+            "tokenizer_sha256": tokenizer_hash(tokenizer),
+            "template_sha256": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(device),
+            "architecture": type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "window": window_of(config),
+            "trust_remote_code": section.trust_remote_code,
+        }
+        lm = cls(model, tokenizer, device, info)
+        lm._check_head()
+        return lm
+
+    @property
+    def window(self) -> int:
+        """Longest sequence in tokens."""
+        return int(self.info["window"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the teacher's distributions could change: weights, code, types."""
+        return fingerprint([self.info, self.model.config._attn_implementation, torch.__version__, transformers.__version__])
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Token ids that end an answer."""
+        eos = self.model.generation_config.eos_token_id
+        ids = eos if isinstance(eos, list) else [eos]
+        return {i for i in [*ids, self.tokenizer.eos_token_id] if i is not None}
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def _backbone(self, **inputs: Any) -> Any:
+        return getattr(self.model, self.model.base_model_prefix)(**inputs)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [..., d] -> logits [..., V] in fp32, with the model's own scale and softcap."""
+        config = self.model.config.get_text_config()
+        out = self.model.get_output_embeddings()
+        logits = out(hidden.to(out.weight.dtype))  # [..., V]
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if scale := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / scale
+        logits = logits.float()
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Backbone plus `head` must be the model's own logits; a head that does more would silently change the loss."""
+        ids = torch.arange(4, device=self.device)[None] + 5  # [1, 4]
+        own = self.model(input_ids=ids, use_cache=False).logits.float()  # [1, 4, V]
+        ours = self.head(self._backbone(input_ids=ids, use_cache=False).last_hidden_state)  # [1, 4, V]
+        limit = (1e-4 if own.dtype == self.model.dtype else 2e-2) * own.abs().max().clamp(min=1.0)
+        if own.shape != ours.shape or not torch.isfinite(own).all() or (own - ours).abs().max() > limit:
+            finite = "finite" if torch.isfinite(own).all() else "NaN or infinite"
+            raise ModelError(
+                f"the output head of {self.info['architecture']} cannot be used",
+                expected="logits = output embedding of the final hidden state, with logit scale and softcap from the config",
+                found=f"other logits than the model's own, which are {finite}",
+                fix="check the weights, or use another model",
+            )
+
+    def prefix(self, sequences: Sequence[Sequence[int]]) -> Prefix | None:
+        """The longest common prefix of `sequences`, forwarded once, or None where sharing it does not pay or is not
+        possible: shorter than 16 tokens, or a cache that is not a plain key-value cache (sliding window, state space)."""
+        ids = common_prefix(sequences)
+        if len(ids) < 16 or len(sequences) < 2:
+            return None
+        # A sliding-window layer drops keys that the next row still needs; state-space layers have no keys to share.
+        layers = DynamicCache(config=self.model.config).layers
+        if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+            self._note(f"{self.info['architecture']} has no cache that rows can share; the context is read again for each row")
+            return None
+        with torch.no_grad():
+            cache = DynamicCache(config=self.model.config)
+            self._backbone(input_ids=torch.tensor([ids], device=self.device), cache=cache, use_cache=True)
+        return Prefix(tuple(ids), tuple((layer.keys, layer.values) for layer in cache.layers))
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def hidden(self, rows: Sequence[tuple[Sequence[int], int]], prefix: Prefix | None = None) -> list[torch.Tensor]:
+        """Final hidden states at the positions that predict the last tokens of each row, in one forward pass.
+
+        Args:
+            rows: (ids, T) pairs; the last T ids of each are the completion.
+            prefix: a shared start of all rows; its tokens are not forwarded again.
+
+        Returns: one [T, d] tensor per row; entry t predicts completion token t.
+        """
+        start = len(prefix.ids) if prefix else 0
+        # The last token predicts nothing that is supervised, so it need not be forwarded.
+        bodies = [list(ids[start:-1]) for ids, _ in rows]
+        length = max(map(len, bodies))
+        ids = torch.tensor([body + [PAD] * (length - len(body)) for body in bodies], device=self.device)  # [B, L]
+        mask = torch.tensor([[1] * (start + len(b)) + [0] * (length - len(b)) for b in bodies], device=self.device)  # [B, P+L]
+        positions = torch.arange(start, start + length, device=self.device).expand(len(rows), -1)  # [B, L]
+        out = self._backbone(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            cache=prefix.cache(len(rows)) if prefix else None,
+            use_cache=prefix is not None,
+        ).last_hidden_state  # [B, L, d]
+        return [out[i, len(body) - n : len(body)] for i, (body, (_, n)) in enumerate(zip(bodies, rows, strict=True))]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        ends: Callable[[list[int]], bool] | None = None,
+        temperature: float = 0.0,
+        seeds: Sequence[int] = (),
+        prefix: Prefix | None = None,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """Continue each prompt until `ends(ids so far)` (default: the last one is a stop token; it is kept) or
+        `max_new_tokens`.
+
+        Rows are sampled with a generator of their own (`seeds`), so a row's text does not depend on its batch.
+        `on_token` is told each token of the first row as it comes.
+        """
+        ends = ends or (lambda ids: ids[-1] in self.stop_ids)
+        start = len(prefix.ids) if prefix else 0
+        bodies = [list(ids[start:]) for ids in prompts]
+        length = max(map(len, bodies))
+        ids = torch.tensor([[PAD] * (length - len(b)) + b for b in bodies], device=self.device)  # [B, L]
+        mask = torch.tensor([[1] * start + [0] * (length - len(b)) + [1] * len(b) for b in bodies], device=self.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]  # [B, L]
+        cache = prefix.cache(len(prompts)) if prefix else DynamicCache(config=self.model.config)
+        sharable = all(type(layer) is DynamicLayer for layer in cache.layers)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds] if temperature > 0 else []
+        written: list[list[int]] = [[] for _ in prompts]
+        alive = list(range(len(prompts)))  # rows of the batch that still write
+        for _ in range(max_new_tokens):
+            out = self._backbone(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
+            logits = self.head(out.last_hidden_state[:, -1])  # [B, V]
+            if temperature > 0:
+                probabilities = (logits / temperature).softmax(-1).cpu()  # [B, V]
+                rows = [torch.multinomial(p, 1, generator=generators[i]) for p, i in zip(probabilities, alive, strict=True)]
+                chosen = torch.cat(rows).tolist()
+            else:
+                chosen = logits.argmax(-1).tolist()
+            for row, token in zip(alive, chosen, strict=True):
+                if not (written[row] and ends(written[row])):
+                    written[row].append(token)
+                    if row == 0 and on_token:
+                        on_token(token)
+            keep = [i for i, row in enumerate(alive) if not ends(written[row])]
+            if not keep:
+                break
+            if sharable and len(keep) < len(alive):
+                index = torch.tensor(keep, device=self.device)
+                cache.batch_select_indices(index)
+                mask, positions = mask[index], positions[index]
+                alive, chosen = [alive[i] for i in keep], [chosen[i] for i in keep]
+            ids = torch.tensor(chosen, device=self.device)[:, None]  # [B, 1]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+            positions = positions[:, -1:] + 1
+        return written
+
+    # -- the adapter --------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, lora: LoraSection, seed: int) -> None:
+        """Put a fresh LoRA adapter on the linear layers of the blocks: a no-op until it is trained (B = 0)."""
+        inside, leaves = linear_layers(self.model)
+        targets = sorted(leaves) if lora.targets == "all-linear" else list(lora.targets)
+        conv = any(isinstance(self.model.get_submodule(name), Conv1D) for name in inside)
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+            fan_in_fan_out=conv,
+            base_model_name_or_path=self.info["name"],
+            revision=self.info["revision"],
+        )
+        try:
+            self.peft = get_peft_model(self.model, config)
+        except ValueError:
+            raise ModelError(
+                f"lora.targets {lora.targets} matches no layer of {self.info['architecture']}",
+                expected=f"some of {', '.join(sorted(leaves))}",
+                fix='name existing layers, or use "all-linear"',
+            ) from None
+        adapted = {name.split(".lora_A")[0] for name, _ in self.model.named_modules() if name.endswith(".lora_A")}
+        if outside := sorted(adapted - set(inside)):
+            raise ModelError(
+                "lora.targets reaches outside the blocks",
+                expected=f"linear layers of the blocks: {', '.join(sorted(leaves))}",
+                found=", ".join(outside[:5]),
+                fix="serving stacks refuse adapters on head or embeddings; name the block's layers only",
+            )
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put a trained adapter on. Raises `ModelError` when it was made for another base."""
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise RunError(f"no adapter in {folder}", expected="adapter_config.json", fix="finish the run with --resume") from None
+        made_for = made_for_hash(folder)
+        if made_for and made_for != self.info["weights_sha256"]:
+            raise ModelError(
+                f"the adapter in {folder} was made for another base model",
+                expected=f"weights {made_for[:16]}... ({config.get('base_model_name_or_path')})",
+                found=f"weights {self.info['weights_sha256'][:16]}... ({self.info['name']})",
+                fix="load it on the model it was trained on",
+            )
+        try:
+            self.peft = PeftModel.from_pretrained(self.model, str(folder), is_trainable=False)
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"the adapter in {folder} does not fit {self.info['name']}", found=str(error).split("\n")[0]) from None
+        self.peft.eval()
+
+    @contextlib.contextmanager
+    def adapter(self, on: bool) -> Iterator[None]:
+        """Inside, the model is the student (`on`) or the frozen base and teacher (off)."""
+        if on and self.peft is None:
+            raise RuntimeError("there is no adapter")  # a bug, not the user's
+        with contextlib.nullcontext() if on or self.peft is None else self.peft.disable_adapter():
+            yield
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The adapter's tensors by name, in a fixed order."""
+        return {n: p for n, p in sorted(self.model.named_parameters()) if "lora_" in n}
+
+
+# -- finding and loading ----------------------------------------------------------------------------------------------
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """Longest common start that leaves every sequence at least one token."""
+    low, high = min(sequences), max(sequences)  # lexicographic extremes share exactly what all share
+    limit = min(map(len, sequences)) - 1
+    n = 0
+    while n < limit and low[n] == high[n]:
+        n += 1
+    return list(low[:n])
+
+
+def linear_layers(model: Any) -> tuple[list[str], set[str]]:
+    """Full names of the linear layers inside the transformer blocks, and their last name parts."""
+    blocks = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.get_text_config().num_hidden_layers
+    ]
+    inside = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and any(name.startswith(f"{block}.") for block in blocks)
+    ]
+    return inside, {name.rsplit(".", 1)[-1] for name in inside}
+
+
+def window_of(config: Any) -> int:
+    """Longest sequence the positions allow."""
+    config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if value := getattr(config, name, None):
+            return int(value)
+    return 1 << 20
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first accelerator there is, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"model.device {name!r} cannot be used", expected="cpu, cuda, cuda:N or mps", found=str(error).split("\n")[0]
+        ) from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on the CPU (faster there) and bfloat16 on an accelerator that has it."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Quiet transformers' own bars and turn its errors into ours."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*generation flags.*")
+            yield
+    except (OSError, ValueError, LookupError, ImportError, RuntimeError, AttributeError, TypeError, struct.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise disk_error(cache_dir(), error) from None
+        raise ModelError(
+            f"cannot load the model {name!r}",
+            expected="a hub id, a local folder with config.json and safetensors, or a .gguf file",
+            found=str(error).strip().split("\n")[0][:300],
+            fix="check the name; without network access use a local folder or a .gguf file",
+        ) from None
+
+
+def load_tokenizer(section: ModelSection, base_dir: Path = Path(".")) -> Any:
+    """The tokenizer alone, with a padding token."""
+    source, _ = locate(section, base_dir, weights=False)
+    with loading(section.name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # for `generate` of who loads the student
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of everything that turns text into ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `CTXDISTILL_CACHE`, else the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctxdistill"
+    return Path(os.environ.get("CTXDISTILL_CACHE") or default)
+
+
+def locate(section: ModelSection, base_dir: Path, *, weights: bool = True) -> tuple[str, str | None]:
+    """Where transformers shall load from, and the hash of the weights (None for the hub, whose commit is recorded)."""
+    name = section.name
+    path = (base_dir / Path(name).expanduser()).resolve()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"no model file at {path}", expected="a .gguf file", fix="check model.name in the recipe")
+        sha = file_sha256(path)
+        return str(convert_gguf(path, sha)), sha
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) if weights else []
+        if weights and not files:
+            raise ModelError(
+                f"no safetensors in {path}",
+                expected="*.safetensors (pickled weights are refused)",
+                found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
+                fix="save the model with save_pretrained, which writes safetensors",
+            )
+        return str(path), hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest() if files else None
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"no model folder at {path}", expected="a folder with config.json", fix="check model.name in the recipe")
+    return name, None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, remembered by path, size and time of change, since weights are large."""
+    stat = path.stat()
+    key = fingerprint([str(path), stat.st_size, stat.st_mtime_ns])
+    memory = cache_dir() / "hashes" / key
+    with contextlib.suppress(OSError):
+        return memory.read_text()
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with contextlib.suppress(OSError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        memory.write_text(digest)
+    return digest
+
+
+def convert_gguf(path: Path, sha: str) -> Path:
+    """The same model as a safetensors folder in the cache, made on first use.
+
+    transformers de-quantises a GGUF file each time it loads one, and refuses to save the result because it still calls
+    it quantised; a fresh model with the same weights has no such mark.
+    """
+    folder = cache_dir() / "gguf" / sha
+    if folder.is_dir():
+        return folder
+    logging.getLogger(__name__).info("converting %s to safetensors, once", path.name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f"{sha[:8]}-", dir=folder.parent))
+    except OSError as error:
+        raise disk_error(folder, error) from None
+    try:
+        with loading(str(path)):
+            where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            config = read.config
+            del config.quantization_config
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model.load_state_dict(read.state_dict())
+            model.generation_config = read.generation_config
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+        if not folder.is_dir():  # another process may have been faster
+            os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def packaged_gguf(package: str) -> Path | None:
+    """A `.gguf` file that an installed Python package carries, found without importing the package."""
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def made_for_hash(folder: Path) -> str | None:
+    """Hash of the weights that the run folder around an adapter was made with."""
+    try:
+        return json.loads((folder.parent / "recipe.json").read_text(encoding="utf-8"))["model"]["weights_sha256"]  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def check_fit(lengths: Sequence[tuple[str, int]], window: int, what: str) -> None:
+    """Raise `FitError` naming the longest sequences that do not fit. `lengths`: (where from, tokens) pairs."""
+    long = [(n, where) for where, n in lengths if n > window]
+    if long:
+        n, where = max(long)
+        raise FitError(
+            f"{what} does not fit the model's window: {len(long)} of {len(lengths)} rows",
+            expected=f"at most {window} tokens, answer included",
+            found=f"{n} tokens ({where})",
+            fix="use fewer demonstrations (context.demos_limit), a shorter context, fewer max_new_tokens, or a model "
+            "with a larger window; nothing is cut in silence",
+        )

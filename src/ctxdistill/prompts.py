@@ -1,0 +1,378 @@
+"""A row becomes two token prompts: the teacher's, with the context, and the student's, without.
+
+In: rows, the recipe's context and pattern, a tokenizer. Out: `Pair`s of token ids. Invariants: `join` is the only place
+where prompt and completion ids are put together, so that both sides carry the same completion ids; text that was
+rendered is never tokenised again; the student's prompt holds nothing of the context but what the recipe lets it keep;
+what the chat template adds by itself is known and shown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ctxdistill import rows as data
+from ctxdistill.errors import DataError, ModelError, RecipeError
+from ctxdistill.recipe import DataSection, Recipe, fields_of
+from ctxdistill.rows import Row
+from ctxdistill.rundir import fingerprint
+
+Message = dict[str, Any]
+"""`role` and `content`, as chat templates take them; other keys (tool calls) pass through."""
+
+Part = tuple[str, str]
+"""(text, kind) with kind `context`, `query` or `template`."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One query as both sides see it."""
+
+    id: str
+    query: str
+    """The query's text, for people."""
+    answer: str | None
+    """The reference answer, if the row has one."""
+    teacher: tuple[int, ...]
+    student: tuple[int, ...]
+    origin: str
+    fields: Mapping[str, Any]
+
+
+def join(prompt: Sequence[int], completion: Sequence[int]) -> tuple[list[int], int]:
+    """The model input for a prompt and the completion after it, and the number of supervised tokens at its end."""
+    if not completion:
+        raise RuntimeError("a completion has at least its end token")  # a bug, not the user's
+    return [*prompt, *completion], len(completion)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the teacher sees and the student does not, as read from the files that the recipe names."""
+
+    system: str | None
+    messages: tuple[Message, ...]
+    demos: tuple[Row, ...]
+
+    @classmethod
+    def read(cls, recipe: Recipe) -> Context:
+        """Raises `DataError` or `RecipeError` when a part cannot be read."""
+        c = recipe.context
+        parts = [c.system] if c.system is not None else []
+        if c.system_file:
+            parts.append(data.read_text(c.system_file, recipe, "context.system_file").strip())
+        for name in c.documents:
+            parts.append(f"# {recipe.path(name).name}\n\n{data.read_text(name, recipe, 'context.documents').strip()}")
+        messages = data.read_messages(c.messages, recipe, "context.messages") if c.messages else []
+        demos: Sequence[Row] = ()
+        if c.demos:
+            section = recipe.queries.model_copy(update={"data": c.demos, "limit": c.demos_limit, "messages": None})
+            demos = data.read(section, recipe, "context.demos", answers="required").rows
+        return cls("\n\n".join(parts) if parts else None, tuple(messages), tuple(demos))
+
+
+class Prompter:
+    """Renders rows for one recipe and tokenizer.
+
+    Raises (at construction): `ModelError` when the chat style meets a tokenizer without chat template, `DataError` for
+    label words that cannot be told apart.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Any, context: Context | None = None) -> None:
+        self.recipe, self.tokenizer = recipe, tokenizer
+        self.context = context or Context.read(recipe)
+        if recipe.prompt.style == "chat" and not tokenizer.chat_template:
+            raise ModelError(
+                f"the tokenizer of {recipe.model.name} has no chat template",
+                expected='a chat model, since prompt.style is "chat"',
+                found="a base model",
+                fix='set prompt.style = "text", or use the instruction-tuned version of the model',
+            )
+        self.end = self._end()
+        self._check_labels()
+
+    # -- words to ids -------------------------------------------------------------------------------------------------
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a piece of text, nothing added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _end(self) -> tuple[int, ...]:
+        """The ids that end an answer: what the template writes after an assistant's turn, or the stop text."""
+        if self.recipe.prompt.style == "text":
+            return tuple(self.ids(self.stop_text))
+        eos = self.tokenizer.eos_token_id
+        # Gemma ends a turn with <end_of_turn> while its EOS is <eos>: take what the template writes after an answer.
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "xyzzy"}]
+        tail = self._render(probe, False, teacher=False, tokenize=False).rsplit("xyzzy", 1)[-1].lstrip()
+        special = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        after = [i for token, i in sorted(special.items(), key=lambda pair: -len(pair[0])) if tail.startswith(token)]
+        if not after and eos is None:
+            raise ModelError(f"the tokenizer of {self.recipe.model.name} has no end-of-sequence token", fix="use another model")
+        return (after[0] if after else eos,)
+
+    @property
+    def stop_text(self) -> str:
+        return self.recipe.prompt.stop or self.recipe.prompt.separator
+
+    def ends(self, ids: list[int]) -> bool:
+        """Whether an answer that was written so far is finished."""
+        if ids[-1] == self.tokenizer.eos_token_id:
+            return True
+        if self.recipe.prompt.style == "chat":
+            return ids[-1] in self.end
+        return self.stop_text in self.tokenizer.decode(ids[-len(self.stop_text) - 4 :])
+
+    def completion(self, answer: str) -> tuple[int, ...]:
+        """Ids of a given answer, with its end."""
+        text = answer if self.recipe.prompt.style == "chat" else self._answer({"answer": answer})
+        end = self.end if self.recipe.completions.supervise_end else ()
+        return (*self.ids(text), *end)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The answer that completion ids spell, without its end."""
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        if self.recipe.prompt.style == "text":
+            text = text.split(self.stop_text)[0]
+        return text.strip()
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each token as text, special ones visible."""
+        return [str(self.tokenizer.decode([i])) for i in ids]
+
+    def _answer(self, values: Mapping[str, str]) -> str:
+        return self.recipe.prompt.answer_pattern.format_map(values)
+
+    @property
+    def labels(self) -> dict[str, tuple[int, ...]]:
+        """Ids of each label word."""
+        return {word: self.completion(word) for word in self.recipe.prompt.label_words}
+
+    def _check_labels(self) -> None:
+        firsts: dict[int, list[str]] = {}
+        for word, ids in self.labels.items():
+            firsts.setdefault(ids[0], []).append(word)
+        shared = [words for words in firsts.values() if len(words) > 1]
+        if shared and self.recipe.prompt.shared_first_token == "error":
+            raise DataError(
+                f"label words share their first token: {'; '.join(' = '.join(words) for words in shared[:5])}",
+                expected="label words that differ in the first token, so that one position tells them apart",
+                found=f"{sum(map(len, shared))} of {len(self.labels)} words that do not",
+                fix='choose other words (or add a leading space in prompt.answer_pattern), or set prompt.shared_first_token = "allow"',
+            )
+
+    @property
+    def kept_demos(self) -> Sequence[Row]:
+        """The demonstrations that stay in the student's prompt."""
+        n = self.recipe.context.student_demos
+        return self.context.demos[-n:] if n else ()
+
+    # -- prompts ------------------------------------------------------------------------------------------------------
+
+    def query_text(self, row: Row, section: DataSection) -> str:
+        """The query as text, for people and for comparing rows."""
+        if section.messages:
+            return "\n".join(str(m["content"]) for m in self._messages(row, section.messages))
+        return self.recipe.prompt.pattern.format_map(data.values(row, section))
+
+    def pair(self, row: Row, section: DataSection) -> Pair:
+        """Both prompts of a row, as ids."""
+        answer = row.fields.get(section.answer)
+        teacher, student = (tuple(self._ids(row, section, teacher=side)) for side in (True, False))
+        query = self.query_text(row, section)
+        return Pair(row.id, query, None if answer is None else str(answer), teacher, student, row.origin, row.fields)
+
+    def pair_of_text(self, text: str) -> Pair:
+        """Both prompts for a text that a user typed."""
+        names = fields_of(self.recipe.prompt.pattern)
+        if self.recipe.queries.messages is None and names != {"prompt"}:
+            raise RecipeError(f"the pattern needs the columns {', '.join(sorted(names))}, not one text")
+        if self.recipe.context.column or self.recipe.context.teacher_prompt:
+            raise RecipeError("each row of this recipe has a context of its own; a new text has none")
+        section = self.recipe.queries.model_copy(update={"messages": None, "prompt": "prompt"})
+        return self.pair(Row(id="typed", fields={"prompt": text}, origin="typed"), section)
+
+    def _messages(self, row: Row, column: str) -> list[Message]:
+        value = row.fields.get(column)
+        if isinstance(value, str):
+            return [{"role": "user", "content": value}]
+        if isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value):
+            return value
+        raise DataError(
+            f"{row.origin}: column {column!r} is neither a text nor a list of messages",
+            expected='[{"role": "user", "content": "..."}]',
+            found=repr(value)[:80],
+        )
+
+    def _query_messages(self, row: Row, section: DataSection) -> list[Message]:
+        if section.messages:
+            return self._messages(row, section.messages)
+        return [{"role": "user", "content": self.query_text(row, section)}]
+
+    def _demo_messages(self, demos: Sequence[Row]) -> list[Message]:
+        """Demonstrations as turns."""
+        section = self.recipe.queries.model_copy(update={"messages": None})
+        return [
+            message
+            for row in demos
+            for message in (
+                {"role": "user", "content": self.query_text(row, section)},
+                {"role": "assistant", "content": self._answer(data.values(row, section))},
+            )
+        ]
+
+    def _chat(self, row: Row, section: DataSection, *, teacher: bool) -> tuple[list[Message], list[Message]]:
+        """(messages before the query, the query's messages), a system message first if there is one."""
+        c = self.recipe.context
+        query = self._query_messages(row, section)
+        if teacher and c.teacher_prompt:
+            return [], self._messages(row, c.teacher_prompt)
+        own: list[Message] = []
+        system = self.context.system if teacher else c.student_system
+        if teacher and c.column:
+            value = row.fields.get(c.column)
+            if isinstance(value, str):
+                system = value if system is None else f"{system}\n\n{value}"
+            else:
+                own = self._messages(row, c.column)
+        if teacher:
+            before = [*self.context.messages, *self._demo_messages(self.context.demos), *own]
+        else:
+            before = self._demo_messages(self.kept_demos)
+        head = [{"role": "system", "content": system}] if system is not None else []
+        loose = [m for m in [*before, *query] if m["role"] == "system"]
+        if len(head) + len(loose) > 1:
+            raise DataError(
+                f"{row.origin}: {'teacher' if teacher else 'student'} prompt with {len(head) + len(loose)} system messages",
+                expected="one",
+                fix="put the system text either into the context or into the rows, not into both",
+            )
+        if loose:  # templates take a system message only at the start
+            head, before, query = loose, [m for m in before if m not in loose], [m for m in query if m not in loose]
+        return [*head, *before], query
+
+    def _text(self, row: Row, section: DataSection, *, teacher: bool) -> tuple[str, str]:
+        """(text before the query, the query)."""
+        p, c = self.recipe.prompt, self.recipe.context
+        if teacher and c.teacher_prompt:
+            return "", str(row.fields.get(c.teacher_prompt))
+        parts = []
+        demos: Sequence[Row] = ()
+        if teacher:
+            own = [str(row.fields.get(c.column))] if c.column else []
+            parts = [part for part in (self.context.system, *own, p.instruction) if part]
+            demos = self.context.demos
+        else:
+            parts = [p.student_instruction] if p.student_instruction else []
+            demos = self.kept_demos
+        demo_section = self.recipe.queries.model_copy(update={"messages": None})
+        parts += [self.query_text(d, demo_section) + self._answer(data.values(d, demo_section)) for d in demos]
+        return "".join(part + p.separator for part in parts), self.query_text(row, section)
+
+    def _render(self, messages: list[Message], generation: bool, *, teacher: bool, tokenize: bool = True) -> Any:
+        """The template's text or ids. Both come from the one call, so ids are never made from rendered text here."""
+        p = self.recipe.prompt
+        kwargs = {**p.template_kwargs, **(p.teacher_template_kwargs if teacher else {})}
+        try:
+            out = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=generation, tokenize=tokenize, return_dict=False, **kwargs
+            )
+        except Exception as error:  # templates raise what they like (jinja2 errors among it)
+            raise DataError(
+                f"the chat template of {self.recipe.model.name} refuses these messages: {error}",
+                found=" ".join(str(m.get("role")) for m in messages[:12]),
+                fix="many templates want user and assistant in turn, and the system message first or not at all",
+            ) from None
+        return list(out) if tokenize else str(out)
+
+    def _ids(self, row: Row, section: DataSection, *, teacher: bool) -> list[int]:
+        if self.recipe.prompt.style == "chat":
+            before, query = self._chat(row, section, teacher=teacher)
+            ids: list[int] = self._render([*before, *query], True, teacher=teacher)
+        else:
+            ids = list(self.tokenizer("".join(self._text(row, section, teacher=teacher)))["input_ids"])
+            if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
+                ids.pop()  # a tokenizer that ends every text with EOS would end the prompt before the answer
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise ModelError(
+                f"the prompt of {row.origin} starts with two BOS tokens",
+                expected="at most one",
+                fix="remove the BOS text from the chat template or the pattern; the tokenizer adds it",
+            )
+        return ids
+
+    # -- what people look at ------------------------------------------------------------------------------------------
+
+    def parts(self, row: Row, section: DataSection, *, teacher: bool) -> list[Part]:
+        """The prompt as text, cut where its kind changes; `template` is what the chat template added by itself."""
+        if self.recipe.prompt.style == "text":
+            before, query = self._text(row, section, teacher=teacher)
+            first = self._ids(row, section, teacher=teacher)[0]
+            bos = [(self.tokenizer.decode([first]), "template")] if first == self.tokenizer.bos_token_id else []
+            return [part for part in [*bos, (before, "context"), (query, "query")] if part[0]]
+        before, query = self._chat(row, section, teacher=teacher)
+        text = self._render([*before, *query], True, teacher=teacher, tokenize=False)
+        parts: list[Part] = []
+        for kind, messages in (("context", before), ("query", query)):
+            for message in messages:
+                content = str(message["content"])
+                found = next((c for c in (content, content.strip()) if c and c in text), None)
+                if found is None:
+                    continue
+                template, text = text.split(found, 1)
+                parts += [(template, "template"), (found, kind)]
+        return [part for part in [*parts, (text, "template")] if part[0]]
+
+    def shown(self, row: Row, section: DataSection, split: str, completion: Sequence[int] | None) -> dict[str, Any]:
+        """A row as `ctxdistill show` prints it."""
+        pair = self.pair(row, section)
+        sides = {
+            name: [{"text": text, "kind": kind} for text, kind in self.parts(row, section, teacher=name == "teacher")]
+            for name in ("teacher", "student")
+        }
+        tokens = None if completion is None else [list(p) for p in zip(self.pieces(completion), completion, strict=True)]
+        return {
+            "id": row.id, "split": split, **sides, "completion": tokens,
+            "teacher_tokens": len(pair.teacher), "student_tokens": len(pair.student),
+        }  # fmt: skip
+
+    def check_no_leak(self, row: Row, section: DataSection) -> None:
+        """Raise `DataError` if the student's prompt holds a piece of the context that the recipe does not let it keep."""
+        c = self.recipe.context
+        keep = {str(m["content"]) for m in self._demo_messages(self.kept_demos)}
+        pieces = [str(m["content"]) for m in (*self.context.messages, *self._demo_messages(self.context.demos))]
+        pieces += [self.context.system or "", self.recipe.prompt.instruction]
+        own = row.fields.get(c.column) if c.column else None
+        pieces += [own] if isinstance(own, str) else []
+        prompt = "".join(text for text, _ in self.parts(row, section, teacher=False))
+        for piece in pieces:
+            # Short pieces ("yes", "What is 2 + 2?") occur by chance; a repeated query is found by `rows.check_overlap`.
+            if len(piece) >= 40 and piece not in keep and piece in prompt:
+                raise DataError(
+                    f"{row.origin}: the student's prompt contains a part of the context",
+                    expected="a prompt without it, since the adapter shall replace it",
+                    found=re.sub(r"\s+", " ", piece[:80]) + "...",
+                    fix="take the context out of the queries, of context.student_system and of prompt.student_instruction",
+                )
+
+    def student_prompt(self) -> dict[str, str]:
+        """The exact prompt to serve with: its text with `{query}` in place, and what the template put before it."""
+        if self.recipe.prompt.style == "text":
+            p = self.recipe.prompt
+            before = p.student_instruction + p.separator if p.student_instruction else ""
+            return {"text": f"{before}{p.pattern}", "template_inserts": ""}
+        system = self.recipe.context.student_system
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages += self._demo_messages(self.kept_demos)
+        mark = "{query}"
+        text = self._render([*messages, {"role": "user", "content": mark}], True, teacher=False, tokenize=False)
+        return {"text": text, "template_inserts": "" if messages else text.split(mark)[0]}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the context."""
+        c = self.context
+        return fingerprint([c.system, c.messages, [r.fields for r in c.demos], self.recipe.prompt.instruction])

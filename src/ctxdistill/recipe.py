@@ -1,0 +1,435 @@
+"""A TOML file plus `key=value` overrides become one frozen, fully checked `Recipe`.
+
+In: a path, overrides as the user typed them. Out: a `Recipe`, or one `RecipeError` that lists everything that is wrong
+with it. Invariant: a key that no class here declares is refused, with the nearest name suggested; a default is written
+once, at its attribute, and its docstring is the reference documentation (`docs/recipe.md` is generated from here).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import string
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ctxdistill.errors import RecipeError, several
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The one model that is teacher (adapter off, context in its prompt) and student (adapter on, no context)."""
+
+    name: str
+    """Hub id, local folder, or path of a `.gguf` file (converted once to safetensors in the cache folder)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit). Unset: the hub's default branch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the frozen weights. `auto`: float32 on CPU, where it is faster, else bfloat16 if the device has it, else float32."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the first accelerator there is."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless you say so; recorded in the adapter card."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention kernel of transformers; `auto` takes the fastest that the model supports."""
+
+
+class DataSection(Section):
+    """Where rows come from and how their columns are called. Columns are named, never guessed."""
+
+    data: str | None = None
+    """A `.jsonl`, `.csv`, `.tsv` or `.parquet` file (relative to the recipe), or `hub:owner/name`."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    limit: NotNegative = 0
+    """Use only the first rows; 0 means all. The number of rows left out is reported."""
+    prompt: str = "prompt"
+    """Column with the query text. Not needed when `prompt.pattern` names other columns, or `messages` is given."""
+    messages: str | None = None
+    """Column with a list of chat messages (`role`, `content`) instead of a text."""
+    answer: str = "answer"
+    """Column with the reference answer. Rows without it can be trained on, but not scored for accuracy."""
+    duplicates: Literal["error", "drop"] = "error"
+    """What to do with rows whose query already occurred. `drop` keeps the first and reports how many were dropped."""
+
+
+class ContextSection(Section):
+    """What the teacher sees and the student does not. Several kinds may be combined; their order in the prompt is:
+    system, documents (appended to the system text), messages, demonstrations, query."""
+
+    system: str | None = None
+    """System prompt, as text."""
+    system_file: str | None = None
+    """System prompt, as a text file."""
+    documents: list[str] = []
+    """Text files that are put into the system prompt after the system text, each under its file name."""
+    messages: str | None = None
+    """A JSON or JSONL file with a message history (`role`, `content`)."""
+    demos: str | None = None
+    """Demonstrations: a data file (as in `queries.data`) with a query and an answer per row."""
+    demos_limit: NotNegative = 0
+    """Use only the first demonstrations; 0 means all."""
+    column: str | None = None
+    """A column of the query rows with a context of their own: a text (used as system prompt) or a list of messages
+    (put before the query), as in other tools' `privileged_context`."""
+    teacher_prompt: str | None = None
+    """A column of the query rows with the teacher's whole prompt: a text or a list of messages that already
+    contains the query. Excludes all other kinds."""
+    student_system: str | None = None
+    """System prompt that the student keeps, in training and in serving. Unset: no system message is passed, and the
+    chat template may insert its own default, which `ctxdistill show` marks. An empty string passes an empty one."""
+    student_demos: NotNegative = 0
+    """The student keeps the last n demonstrations."""
+
+
+class PromptSection(Section):
+    """How a row becomes a prompt."""
+
+    style: Literal["chat", "text"] = "chat"
+    """`chat` renders messages with the model's chat template; `text` joins instruction, demonstrations and query."""
+    pattern: str = "{prompt}"
+    """The query, with `{column}` fields. `{prompt}` is the column that `queries.prompt` names."""
+    answer_pattern: str = "{answer}"
+    """How an answer is written after the query (text style: `" {answer}"` gives the usual leading space)."""
+    instruction: str = ""
+    """Text style: the text before the demonstrations, in the teacher's prompt."""
+    student_instruction: str = ""
+    """Text style: the text before the query in the student's prompt."""
+    separator: str = "\n\n"
+    """Text style: what stands between instruction, demonstrations and query."""
+    stop: str = ""
+    """Text style: an answer ends where this text appears, and its tokens are supervised as the end. Empty: the
+    separator, since a base model that reads demonstrations writes that and not EOS. Chat style ends a turn as the
+    template does."""
+    label_words: list[str] = []
+    """Label tasks: all possible answers. Accuracy is then decided by the log-probability of each whole answer."""
+    shared_first_token: Literal["error", "allow"] = "error"
+    """Label words that start with the same token cannot be told apart at the first supervised position. `allow` them
+    where there are many labels: accuracy is decided by whole answers all the same."""
+    template_kwargs: dict[str, Any] = {}
+    """Extra arguments of the chat template for both sides, for example `{ enable_thinking = false }`."""
+    teacher_template_kwargs: dict[str, Any] = {}
+    """Extra arguments of the chat template for the teacher's prompt only."""
+
+
+class CompletionsSection(Section):
+    """The tokens on which the student learns to agree with the teacher. They end with EOS, which is supervised."""
+
+    source: Literal["teacher", "data", "label"] = "teacher"
+    """`teacher`: written by the teacher; `data`: the rows' answers; `label`: the label word that the teacher prefers."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """Sampling temperature of the teacher; 0 is greedy."""
+    samples: Positive = 1
+    """Completions per query (more than one needs a temperature above 0)."""
+    max_new_tokens: Positive = 128
+    """Longest completion. The number of completions that hit it without EOS is reported."""
+    supervise_end: bool = True
+    """Teach where the answer ends, too. Turn off to teach the label position alone, as some papers do."""
+
+
+class TargetsSection(Section):
+    """What is kept of the teacher at each supervised position."""
+
+    kind: Literal["hidden", "full", "topk"] = "hidden"
+    """`hidden`: the final hidden state, exact and small (the head is shared); `full`: all log-probabilities;
+    `topk`: the k largest plus the tail mass as one more bucket (not exact; the captured mass is reported)."""
+    k: Positive = 256
+    """Number of tokens kept by `topk`."""
+    dir: str | None = None
+    """Folder of the target store. Unset: `targets/` in the run folder. Shared between runs, it saves asking the teacher twice."""
+    batch_size: Positive = 8
+    """Rows per teacher forward pass."""
+
+
+class LoraSection(Section):
+    """The student's adapter."""
+
+    rank: Positive = 16
+    """Rank of the update. vLLM serves up to 16 without a flag."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Modules to adapt: all linear layers of the blocks, or names such as `["q_proj", "v_proj"]`. Never head or embeddings."""
+
+
+class TrainSection(Section):
+    """The loop."""
+
+    loss: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """`forward_kl` = KL(teacher || student), `reverse_kl` = KL(student || teacher), `jsd` = Jensen-Shannon divergence."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Both distributions are softened by this; the loss is multiplied by its square."""
+    ce_weight: Fraction = 0.0
+    """Share of plain cross-entropy on the completion tokens in the loss: (1 - w) * divergence + w * cross-entropy."""
+    epochs: Positive = 4
+    """Passes over the training queries."""
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    """Peak learning rate of AdamW; linear warm-up, then cosine to `min_lr` times this."""
+    min_lr: Fraction = 0.1
+    """Learning rate at the end, as a fraction of the peak."""
+    warmup: Fraction = 0.1
+    """Share of the steps with rising learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of AdamW."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient."""
+    batch_size: Positive = 8
+    """Rows per optimizer step."""
+    micro_batch: NotNegative = 0
+    """Rows per forward pass; 0 means the whole batch. Changes memory, not the gradient."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    validation: Fraction = 0.1
+    """Share of the queries held out to choose the best checkpoint and to stop early (0: train on all, keep the last)."""
+    patience: NotNegative = 3
+    """Stop after this many epochs without a better validation loss; 0 never stops early."""
+    checkpoint_every: Positive = 20
+    """Steps between checkpoints, from which `--resume` goes on."""
+    seed: int = 0
+    """Seed of everything that is drawn: initialisation, order, dropout, sampling, bootstrap."""
+
+
+class EvalSection(DataSection):
+    """Held-out rows, never trained on. Unset `data`: held-out queries are split off from `queries` and only fidelity is measured."""
+
+    split: str = "test"
+    """Split of a hub data set."""
+    share: Fraction = 0.15
+    """Without `data`: share of the queries that is held out."""
+    metrics: list[str] = []
+    """Any of `exact_match`, `format`, `field_accuracy`, `label_accuracy`, `macro_f1`, or your own `module:function`
+    that takes (prediction, answer, row) and returns a number. Empty: all built-in ones that the data allows."""
+    format: str | None = None
+    """A regular expression that a well-formed answer matches as a whole. Its named groups are the fields of `field_accuracy`."""
+    max_new_tokens: Positive = 128
+    """Longest answer that is generated."""
+    latency_rows: NotNegative = 8
+    """Rows on which the time of a single request is measured, one at a time; 0 skips it."""
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Resamples behind each 95 % interval."""
+
+
+class GateSection(Section):
+    """Is there anything to teach? Runs before training."""
+
+    on_fail: Literal["stop", "warn"] = "stop"
+    """`warn` goes on all the same."""
+    min_kl: Annotated[float, Field(ge=0)] = 0.02
+    """Smallest mean KL(teacher || base) in nats per token that is worth teaching."""
+    min_gain: float = 0.0
+    """The teacher's gain over zero-shot in the main metric must be above this, by its 95 % interval."""
+
+
+class CostSection(Section):
+    """Prices for the break-even point. Without them it is stated in time and tokens on this machine."""
+
+    per_million_tokens: Annotated[float, Field(ge=0)] = 0.0
+    """What a million prompt tokens cost, in the currency of your choice."""
+    machine_hour: Annotated[float, Field(ge=0)] = 0.0
+    """What an hour of the machine that distils costs, in the same currency."""
+    requests_per_day: Annotated[float, Field(ge=0)] = 0.0
+    """Expected traffic; gives the break-even point in days."""
+
+
+class Recipe(Section):
+    """Everything that a run depends on."""
+
+    name: str = ""
+    """A name for tables and the adapter card. Empty: the recipe's file name."""
+    model: ModelSection
+    context: ContextSection = ContextSection()
+    prompt: PromptSection = PromptSection()
+    queries: DataSection
+    completions: CompletionsSection = CompletionsSection()
+    targets: TargetsSection = TargetsSection()
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    gate: GateSection = GateSection()
+    cost: CostSection = CostSection()
+    base_dir: Path = Field(default=Path("."), exclude=True)
+    # where relative paths start: the recipe's folder; not a key of the file
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read `path` (a `.toml` recipe) and apply `section.key=value` overrides.
+
+        Raises: `RecipeError` that lists every problem at once.
+        """
+        path = Path(path)
+        if path.is_dir():
+            raise RecipeError(f"{path} is a folder", expected="a recipe file (.toml)", fix="name the recipe itself")
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(
+                f"no recipe at {path}",
+                expected="a TOML file",
+                fix="write one to start from with: ctxdistill init my-recipe.toml",
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read {path}: {error}", expected="a readable UTF-8 text file") from None
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{path} is not valid TOML: {error}", fix="strings need quotes; see docs/recipe.md") from None
+        apply_overrides(raw, overrides)
+        raw.setdefault("name", path.stem)
+        return cls.from_dict(raw, base_dir=path.resolve().parent)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], base_dir: str | Path = ".") -> Recipe:
+        """A recipe from nested dicts, as TOML gives them. Relative paths start at `base_dir`."""
+        if "base_dir" in raw:
+            raise several(RecipeError, "recipe", ["base_dir: not a key of a recipe; it is the recipe's folder"])
+        try:
+            return cls.model_validate({**raw, "base_dir": Path(base_dir)})
+        except ValidationError as error:
+            raise several(
+                RecipeError,
+                "recipe",
+                [_problem(dict(e)) for e in error.errors()],
+                fix="docs/recipe.md lists all keys; `ctxdistill init` writes a recipe with comments",
+            ) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, defaults included, as JSON can hold them."""
+        return self.model_dump(mode="json")
+
+    def path(self, name: str) -> Path:
+        """`name` as a path, relative to the recipe's folder."""
+        return (self.base_dir / Path(name).expanduser()).resolve()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        """Contradictions between sections; all of them are collected and reported in one message."""
+        c, p, problems = self.context, self.prompt, list[str]()
+        kinds = {
+            "system": c.system, "system_file": c.system_file, "documents": c.documents, "messages": c.messages,
+            "demos": c.demos, "column": c.column, "teacher_prompt": c.teacher_prompt,
+        }  # fmt: skip
+        given = [name for name, value in kinds.items() if value]
+        text_context = p.style == "text" and p.instruction
+        if not given and not text_context:
+            problems.append(
+                "context: there is no context; expected at least one of system, system_file, documents, messages, demos, "
+                "column, teacher_prompt"
+            )
+        if c.system is not None and c.system_file is not None:
+            problems.append("context: system and system_file are both given; keep one")
+        if c.teacher_prompt and len(given) > 1:
+            problems.append(f"context.teacher_prompt excludes the other kinds, found {', '.join(given)}; keep one")
+        if c.student_demos and not c.demos:
+            problems.append("context.student_demos needs context.demos")
+        if p.style == "text" and (c.messages or c.system or c.system_file or c.student_system is not None):
+            problems.append(
+                'prompt.style = "text" has no roles: system and messages cannot be rendered; use prompt.instruction and '
+                'context.documents, or prompt.style = "chat"'
+            )
+        if self.queries.data is None:
+            problems.append("queries.data: missing; expected a data file or hub:owner/name")
+        if self.completions.source == "label" and not p.label_words:
+            problems.append('completions.source = "label" needs prompt.label_words')
+        if self.completions.samples > 1 and self.completions.temperature == 0:
+            problems.append("completions.samples above 1 needs completions.temperature above 0; greedy samples are all the same")
+        if len(set(p.label_words)) != len(p.label_words) or (p.label_words and len(p.label_words) < 2):
+            problems.append(f"prompt.label_words: expected two or more different words, found {p.label_words}")
+        for key, pattern, needs in (("pattern", p.pattern, None), ("answer_pattern", p.answer_pattern, "answer")):
+            try:
+                names = fields_of(pattern)
+            except ValueError as error:
+                problems.append(f"prompt.{key}: {error}; write {{{{ and }}}} for literal braces")
+                continue
+            if needs and needs not in names:
+                problems.append(f"prompt.{key} must contain {{{needs}}}, found {pattern!r}")
+        if self.eval.format is not None:
+            try:
+                re.compile(self.eval.format)
+            except re.error as error:
+                problems.append(f"eval.format is not a regular expression: {error}")
+        known = {"exact_match", "format", "field_accuracy", "label_accuracy", "macro_f1"}
+        for metric in self.eval.metrics:
+            if metric not in known and not re.fullmatch(r"[\w.]+:\w+", metric):
+                problems.append(f"eval.metrics: unknown metric {metric!r}{_nearest(metric, known)}; or give module:function")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def fields_of(pattern: str) -> set[str]:
+    """Names of the `{column}` fields of a pattern. Raises ValueError for unbalanced braces and for anything but names."""
+    names = set()
+    for _, name, spec, conversion in string.Formatter().parse(pattern):
+        if name is None:
+            continue
+        if not re.fullmatch(r"\w+", name) or spec or conversion:
+            raise ValueError(f"{{{name}}} is not a plain column name in {pattern!r}")
+        names.add(name)
+    return names
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put each `section.key=value` into `raw`. The value is read as TOML, and as a plain string where that fails."""
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"[\w.]+", key):
+            raise RecipeError(f"cannot read the override {override!r}", expected="section.key=value", fix="for example: train.lr=1e-4")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *sections, last = key.split(".")
+        table = raw
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise RecipeError(f"{override!r}: {section} is a value, not a section", expected="section.key=value")
+        table[last] = value
+
+
+def section_of(path: Sequence[str | int]) -> type[BaseModel]:
+    """The class that declares the keys at `path` inside a recipe."""
+    cls: type[BaseModel] = Recipe
+    for name in path:
+        field = cls.model_fields.get(str(name))
+        annotation = field.annotation if field else None
+        if get_origin(annotation) is not None:
+            annotation = next((a for a in get_args(annotation) if isinstance(a, type)), None)
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        cls = annotation
+    return cls
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def _problem(error: dict[str, Any]) -> str:
+    """One line for one of pydantic's errors."""
+    *parents, last = error["loc"] or ("",)
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = set(section_of(parents).model_fields) - {"base_dir"}
+        return f"{where}: unknown key{_nearest(str(last), known)}"
+    if error["type"] == "missing":
+        return f"{where}: missing, and there is no default"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message.replace("\n", "\n  - ")
+    return f"{where}: {message[0].lower()}{message[1:]}, found {json.dumps(error['input'], default=str)[:80]}"

@@ -1,0 +1,316 @@
+"""A run folder becomes a page (`report.html`), the same in text (`report.md`) and the adapter card.
+
+In: recipe.json and evaluation.json, which must be there; metrics.jsonl and scores.jsonl, which may be missing. Out:
+files, written whole. Invariants: nothing here imports torch; a page loads nothing from anywhere and runs no script;
+text that comes from data is escaped by the template environment itself, so a template cannot forget it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from ctxdistill.errors import RunError
+from ctxdistill.results import (
+    HEAT,
+    NO_VALUE,
+    Data,
+    arm_label,
+    cells,
+    examples,
+    finite,
+    mean_of,
+    metric_label,
+    result_table,
+    scored,
+    verdict,
+)
+from ctxdistill.rundir import RunDir, write_atomic
+
+__all__ = ["cells", "examples", "result_table", "verdict", "write_card", "write_report"]
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank takes
+
+
+def write_report(run: str | Path) -> Path:
+    """Write `report.html` and `report.md` into the run folder; returns the path of the page.
+
+    Raises: `RunError` when the run is incomplete or damaged, or the files cannot be written.
+    """
+    folder = RunDir(run)
+    view = _view(folder)
+    write_atomic(folder / "report.md", _environment("md").get_template("report.md.j2").render(view))
+    write_atomic(folder / "report.html", _environment("html").get_template("report.html.j2").render(view))
+    return folder / "report.html"
+
+
+def write_card(run: str | Path) -> Path:
+    """Write the adapter card, `adapter/README.md`; returns its path. Raises: `RunError` as `write_report` does."""
+    folder = RunDir(run)
+    recipe, evaluation = _read(folder)
+    name = recipe["recipe"]["model"]["name"]
+    rank = int(recipe["recipe"]["lora"]["rank"])
+    revision = recipe["recipe"]["model"].get("revision")
+    base = Path(name)
+    source, options = (base.parent.as_posix(), {"gguf_file": base.name}) if base.suffix == ".gguf" else (name, {})
+    if revision:
+        options["revision"] = revision
+    view = {
+        **_common(recipe, evaluation),
+        "base_model": name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".") else base.name,
+        "load_arguments": Markup(", ".join([repr(source), *(f"{key}={value!r}" for key, value in options.items())])),
+        "dtype": recipe["model"].get("dtype", "auto"),
+        "serve": f"vllm serve {shlex.quote(name)}{f' --revision {shlex.quote(revision)}' if revision else ''} "
+        f"--enable-lora --lora-modules {_slug(recipe['recipe']['name'])}=path/to/this/folder "
+        f"--max-lora-rank {next((size for size in VLLM_RANKS if size >= rank), rank)}",
+        "max_new_tokens": recipe["recipe"].get("eval", {}).get("max_new_tokens", 128),
+    }
+    write_atomic(folder / "adapter" / "README.md", _environment("md").get_template("card.md.j2").render(view))
+    return folder / "adapter" / "README.md"
+
+
+# ---- what the templates see
+
+
+def _read(folder: RunDir) -> tuple[Data, Data]:
+    """recipe.json and evaluation.json. Raises `RunError` when one is missing, damaged or half filled."""
+    needed = {"recipe.json": ("recipe", "model"), "evaluation.json": ("arms", "table")}
+    fix = "finish the run with `ctxdistill distill RECIPE --out DIR --resume`"
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing:
+        there = sorted(p.name for p in folder.path.iterdir() if p.name[0] != ".") if folder.path.is_dir() else None
+        raise RunError(
+            f"{folder.path} is not a finished run: {' and '.join(missing)} missing",
+            expected="a run folder with " + " and ".join(needed),
+            found="no such folder" if there is None else ", ".join(there[:12]) or "an empty folder",
+            fix=fix,
+        )
+    contents = []
+    for name, keys in needed.items():
+        content = folder.read_json(name)
+        absent = [key for key in keys if not isinstance(content, dict) or not content.get(key)]
+        if absent:
+            found = ", ".join(content) if isinstance(content, dict) and content else type(content).__name__
+            raise RunError(
+                f"{folder / name} is incomplete", expected=f"the keys {', '.join(keys)}", found=found, fix=fix
+            )
+        contents.append(content)
+    return contents[0], contents[1]
+
+
+def _common(recipe: Data, evaluation: Data) -> Data:
+    """What page, text and card share."""
+    constant = evaluation.get("constant")
+    return {
+        "name": recipe["recipe"].get("name") or "unnamed",
+        "model": _filled(recipe["model"], "name", "revision", "weights_sha256", "tokenizer_sha256", "template_sha256"),
+        "recipe": recipe["recipe"],
+        "context": _filled(recipe.get("context"), "sha256", "tokens", "kinds", "preview"),
+        "student_prompt": _filled(recipe.get("student_prompt"), "text", "template_inserts"),
+        "rows_sha256": _text((recipe.get("rows") or {}).get("sha256")),
+        "run": _filled(recipe, "fingerprint", "created"),
+        "versions": recipe.get("versions") or {},
+        "facts_of_run": _facts(recipe),
+        "verdict": verdict(evaluation),
+        "rows": evaluation.get("rows"),
+        "answers": evaluation.get("answers"),
+        "arms": [{"arm": arm, "label": arm_label(arm)} for arm in evaluation["arms"]],
+        "table": result_table(evaluation),
+        "constant": constant and {**constant, "text": scored(constant["metric"], constant["mean"])},
+    }
+
+
+def _filled(group: Mapping[str, Any] | None, *keys: str) -> Data:
+    return {**dict.fromkeys(keys), **(group or {})}
+
+
+def _view(folder: RunDir) -> Data:
+    """Everything on the page."""
+    from ctxdistill.plots import break_even_plots, training_plot  # matplotlib takes a second to load
+
+    recipe, evaluation = _read(folder)
+    return {
+        **_common(recipe, evaluation),
+        "tiles": _tiles(evaluation),
+        "gate": evaluation.get("gate") and {"verdict": NO_VALUE, "reasons": [], **evaluation["gate"]},
+        "gate_facts": _gate_facts(evaluation.get("gate") or {}),
+        "training_facts": _plain(evaluation.get("training") or {}),
+        "curves": training_plot(folder.read_jsonl("metrics.jsonl")),
+        "break_even": _break_even(evaluation.get("cost") or {}),
+        "break_even_plots": break_even_plots(evaluation),
+        "examples": examples(folder.read_jsonl("scores.jsonl"), evaluation),
+        "heat": [f"below {HEAT[0]:g}", *(f"{a:g} to {b:g}" for a, b in pairwise(HEAT)), f"{HEAT[-1]:g} and more"],
+        "comparisons": [_comparison(pair) for pair in evaluation.get("comparisons") or []],
+        "recipe_json": json.dumps(recipe["recipe"], indent=2, ensure_ascii=False),
+        "explicit": recipe.get("explicit") or [],
+        "notes": evaluation.get("notes") or [],
+    }
+
+
+def _tiles(evaluation: Data) -> list[Data]:
+    """The key numbers: `label`, `value`, `note`."""
+    table, cost = evaluation["table"], evaluation.get("cost")
+    zero, teacher, student = (table.get(arm, {}) for arm in ("zero_shot", "in_context", "distilled"))
+    tiles = [
+        (
+            "KL closed",
+            cells("kl_closed", evaluation.get("kl_closed"), unit="%"),
+            "of the base model's KL to the teacher",
+        )
+    ]
+    for name in dict.fromkeys([evaluation.get("main_metric"), "format", "top1"]):
+        if name and student.get(name):
+            label = metric_label(name)
+            note = f"in-context {mean_of(name, teacher)}, zero-shot {mean_of(name, zero)}"
+            note = "same next token as the teacher" if name == "top1" else note
+            value = cells(name, student[name], unit="%" if label.endswith("%") else "")
+            tiles.append((label.removesuffix(" %"), value, note))
+    for name in ("prompt_tokens", "latency_ms"):
+        if student.get(name) and teacher.get(name):
+            note = f"instead of {mean_of(name, teacher)} with the context"
+            tiles.append((metric_label(name), cells(name, student[name]), note))
+    if cost:
+        ways = {"time": cost.get("break_even_requests"), "prompt tokens": cost.get("break_even_tokens")}
+        way = next((way for way, requests in ways.items() if finite(requests)), None)
+        value = f"{math.ceil(ways[way]):,} requests" if way else "never"
+        tiles.append(("pays off after", value, f"counted in {way}" if way else "nothing is saved per request"))
+    return [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in tiles]
+
+
+def _break_even(cost: Data) -> list[str]:
+    """The cost of distilling and when it is earned back, as sentences."""
+    seconds, lines = cost.get("seconds") or {}, []
+    if finite(seconds.get("total")):
+        parts = [f"{name} {value:,.0f} s" for name, value in seconds.items() if name != "total" and finite(value)]
+        remark = f" ({', '.join(parts)})" if parts else ""
+        lines.append(f"Distilling took {seconds['total']:,.0f} s{remark}.")
+    if finite(cost.get("prompt_tokens_saved")):
+        lines.append(f"Each request is {cost['prompt_tokens_saved']:,.1f} prompt tokens shorter.")
+    if finite(saved := cost.get("ms_saved")):
+        more = "less" if saved >= 0 else "more"
+        lines.append(f"Each request takes {abs(saved):,.1f} ms {more}, on the machine that measured it.")
+    processed = f" (distilling processed {cost.get('training_tokens') or 0:,} tokens)"
+    ways = [("time", cost.get("break_even_requests"), ""), ("prompt tokens", cost.get("break_even_tokens"), processed)]
+    if money := cost.get("break_even_money"):
+        days = f" ({money['days']:,.1f} days)" if finite(money.get("days")) else ""
+        ways.append(("money", money.get("requests"), days))
+    for way, requests, remark in ways if cost else []:
+        if finite(requests):
+            lines.append(f"Counted in {way}, it pays off after {math.ceil(requests):,} requests{remark}.")
+        elif way == "time" and not finite(saved):
+            lines.append("Counted in time: not known, because the time of a request was not measured.")
+        else:
+            lines.append(f"Counted in {way}, it never pays off: nothing is saved per request.")
+    return lines
+
+
+def _gate_facts(gate: Data) -> list[tuple[str, str]]:
+    facts, metric, query = [], gate.get("metric"), gate.get("query_tokens") or {}
+    if gate.get("gain") and metric:
+        facts.append((f"teacher's gain over zero-shot, {metric_label(metric)}", cells(metric, gate["gain"], sign=True)))
+    if gate.get("kl"):
+        facts.append(("KL between teacher and base per token", cells("kl", gate["kl"])))
+    if gate:
+        facts.append(("context tokens", _text(gate.get("context_tokens"))))
+        facts.append(("query tokens, mean and longest", f"{_text(query.get('mean'))} and {_text(query.get('max'))}"))
+        facts.append(("the model's window", f"{_text(gate.get('window'))}; everything fits: {_text(gate.get('fits'))}"))
+    names = {"seconds": "estimated seconds", "memory_mb": "estimated memory in MB", "cost": "estimated cost"}
+    estimate = gate.get("estimate") or {}
+    return facts + [(name, _text(estimate[key])) for key, name in names.items() if estimate.get(key) is not None]
+
+
+def _comparison(pair: Data) -> Data:
+    metric, difference, p = pair["metric"], pair["difference"], pair.get("p_mcnemar")
+    low, high = difference.get("low"), difference.get("high")
+    reading = "no difference shown"
+    if finite(low) and finite(high) and (low > 0 or high < 0):
+        reading = f"{arm_label(pair['a'])} {'higher' if low > 0 else 'lower'}"
+    return {
+        "pair": f"{arm_label(pair['a'])} minus {arm_label(pair['b'])}",
+        "metric": metric_label(metric),
+        "difference": cells(metric, difference, sign=True),
+        "p": NO_VALUE if not finite(p) else "< 0.001" if p < 0.001 else f"{p:.3f}",
+        "reading": reading,
+    }
+
+
+def _facts(recipe: Data) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Everything in recipe.json but the long texts and the recipe itself, as titled lists."""
+    apart = {"recipe", "explicit", "student_prompt"}
+    run = {key: value for key, value in recipe.items() if key not in apart and not isinstance(value, dict)}
+    groups = {"run": run} | {
+        key: value for key, value in recipe.items() if key not in apart and isinstance(value, dict)
+    }
+    return [(title, _plain({k: v for k, v in group.items() if k != "preview"})) for title, group in groups.items()]
+
+
+def _plain(group: Data) -> list[tuple[str, str]]:
+    return [(key.replace("_", " "), _text(value)) for key, value in group.items()]
+
+
+def _text(value: Any) -> str:
+    """A value for people: thousands separated, lists joined, a dash for nothing."""
+    if value is None or value == "" or value == []:
+        return NO_VALUE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+
+
+# ---- escaping
+
+
+def visible(text: str) -> str:
+    """`text` with control and bidi characters, which hide or reorder what is around them, shown as their codes."""
+    hidden = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(hidden, lambda m: f"⟨U+{ord(m[0]):04X}⟩", text.replace("\r\n", "\n"))
+
+
+def markdown(text: str) -> str:
+    """`text` as it must be written in Markdown to be read as itself, on one line, also in a table."""
+    text = re.sub(r"\s*\n\s*", " ⏎ ", visible(text)).replace("\t", " ")
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"[\\`*|$~]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|^[#+-]+(?=\s)", lambda m: "\\" + m[0], text)
+
+
+def fence(text: str, language: str = "") -> Markup:
+    """A Markdown code block that nothing in `text` can end."""
+    text = visible(text)
+    ticks = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return Markup(f"{ticks}{language}\n{text}\n{ticks}")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "adapter"
+
+
+def _environment(kind: str) -> Environment:
+    """Templates whose every `{{ text }}` is escaped for `kind` (html or md), unless it already is `Markup`."""
+    escape = visible if kind == "html" else markdown
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=kind == "html",
+        finalize=lambda value: escape(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(fence=fence, plain=Markup, literal=lambda text: Markup(repr(text)))
+    environment.filters["quoted"] = lambda text: Markup(json.dumps(visible(text), ensure_ascii=False))
+    return environment

@@ -1,0 +1,231 @@
+"""What was measured, in words: the table, the verdict, the examples.
+
+In: evaluation.json and lines of scores.jsonl. Out: plain data and sentences that the page, its text and the command
+line share. Invariants: every estimate is formatted by `cells`; a verdict says what its interval and its comparisons say
+against it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+Data = dict[str, Any]
+
+ARMS = {"zero_shot": "zero-shot", "in_context": "in-context", "distilled": "distilled", "fine_tuned": "fine-tuned"}
+METRICS: dict[str, tuple[str, float, int]] = {
+    # name: (label, factor, digits after the point), in the order of the table
+    "format": ("valid format %", 100, 1),
+    "exact_match": ("exact match %", 100, 1),
+    "field_accuracy": ("field accuracy %", 100, 1),
+    "label_accuracy": ("label accuracy %", 100, 1),
+    "macro_f1": ("macro-F1", 1, 3),
+    "kl": ("KL per token", 1, 3),
+    "kl_closed": ("KL closed %", 100, 1),
+    "top1": ("top-1 agreement %", 100, 1),
+    "prompt_tokens": ("prompt tokens per request", 1, 1),
+    "latency_ms": ("ms per request", 1, 1),
+    "gap_closed": ("gap closed %", 100, 1),
+}
+BY_DEFINITION = {
+    "kl": {"in_context": {"mean": 0.0}},
+    "top1": {"in_context": {"mean": 1.0}},
+    "kl_closed": {"zero_shot": {"mean": 0.0}, "in_context": {"mean": 1.0}},
+}
+NO_VALUE = "–"
+LEVELS = {"faithful": 0.95, "close": 0.8}  # smallest share of the KL that is closed
+HEAT = (0.05, 0.2, 0.5, 1.0, 2.0)  # nats per token where the colour gets one step stronger
+
+
+def cells(metric: str, estimate: Mapping[str, Any] | None, *, unit: str = "", sign: bool = False) -> str:
+    """An estimate as text, such as `82.5 [75.0, 89.2]`: the only place where results are formatted.
+
+    Args:
+        metric: decides factor and digits; shares become per cent, a user's own metric is left as it is.
+        estimate: `mean` and maybe `low` and `high`; None or a mean that is not finite gives a dash.
+        unit: written between the mean and the interval.
+        sign: write a plus before positive numbers (for differences).
+    """
+    _, factor, digits = METRICS.get(metric, ("", 1.0, 3))
+    if metric == "latency_ms" and estimate and finite(estimate.get("mean")) and estimate["mean"] >= 100:
+        digits = 0
+    numbers = [(estimate or {}).get(key) for key in ("mean", "low", "high")]
+    mean, *interval = [round(n * factor, digits) + 0.0 if finite(n) else None for n in numbers]
+    if mean is None:
+        return NO_VALUE
+    style = f"{'+' if sign else ''},.{digits}f"
+    text = f"{mean:{style}}{unit and f' {unit}'}"
+    if metric == "prompt_tokens" or None in interval or interval == [mean, mean]:
+        return text  # counted, or equal by definition: not an estimate
+    return f"{text} [{interval[0]:{style}}, {interval[1]:{style}}]"
+
+
+def result_table(evaluation: Mapping[str, Any]) -> list[Data]:
+    """The results as rows of plain data: `metric` (its key), `label` (for people), `cells` (arm -> text).
+
+    A metric that no arm has is left out; one that an arm lacks is a dash there.
+    """
+    arms, table = evaluation["arms"], evaluation["table"]
+    own = [m for m in dict.fromkeys(m for arm in arms for m in table.get(arm, {})) if m not in METRICS]
+    names = list(METRICS)
+    names[names.index("kl") : names.index("kl")] = own
+    rows = []
+    for metric in names:
+        values = {arm: table.get(arm, {}).get(metric) for arm in arms}
+        if metric == "kl_closed":
+            values = {"distilled": evaluation.get("kl_closed")}
+        if any(values.values()):
+            known = BY_DEFINITION.get(metric, {})
+            found = {arm: cells(metric, values.get(arm) or known.get(arm)) for arm in arms}
+            rows.append({"metric": metric, "label": metric_label(metric), "cells": found})
+    return rows
+
+
+def metric_label(metric: str) -> str:
+    """`exact_match` -> `exact match %`; a user's own metric keeps its name."""
+    return METRICS[metric][0] if metric in METRICS else metric
+
+
+def arm_label(arm: str) -> str:
+    """`zero_shot` -> `zero-shot`."""
+    return ARMS.get(arm, arm.replace("_", "-"))
+
+
+def verdict(evaluation: Mapping[str, Any]) -> Data:
+    """Did it work?
+
+    Returns `level` (faithful, close, partial, no effect, not judged), `sentence`, and `remarks` that qualify it.
+    """
+    table, closed = evaluation["table"], evaluation.get("kl_closed")
+    zero, teacher, student = (table.get(arm, {}) for arm in ("zero_shot", "in_context", "distilled"))
+    if not closed or not finite(closed.get("mean")):
+        level, claim = "not judged", "the share of the KL that the adapter closes is not defined for this run"
+        if zero.get("kl"):
+            claim += f" (KL without the context: {cells('kl', zero['kl'])} nats per token)"
+    else:
+        level = next((name for name, least in LEVELS.items() if closed["mean"] >= least), "partial")
+        claim = f"the adapter closes {cells('kl_closed', closed, unit='%')} of the KL"
+        if level == "partial" and not (finite(closed.get("low")) and closed["low"] > 0):
+            level = "no effect"
+            worse = finite(closed.get("high")) and closed["high"] < 0
+            claim += (
+                ", so it is further from its teacher than the base model is"
+                if worse
+                else ", which is not distinguishable from nothing"
+            )
+    metric = evaluation.get("main_metric")
+    if metric and student.get(metric) and teacher.get(metric):
+        unit = " %" if metric_label(metric).endswith("%") else ""
+        claim += f" and answers with {scored(metric, student[metric]['mean'])}"
+        claim += f" against {mean_of(metric, teacher)}{unit} with the context in the prompt"
+        claim += f" and {mean_of(metric, zero)}{unit} without it" if zero.get(metric) else ""
+    if student.get("prompt_tokens") and teacher.get("prompt_tokens"):
+        tokens = [f"{table[arm]['prompt_tokens']['mean']:,.0f}" for arm in ("distilled", "in_context")]
+        claim += f", using {tokens[0]} instead of {tokens[1]} prompt tokens"
+    return {
+        "level": level,
+        "sentence": f"{level.capitalize()}: {claim}.",
+        "remarks": _remarks(evaluation, level, metric),
+    }
+
+
+def _remarks(evaluation: Mapping[str, Any], level: str, metric: str | None) -> list[str]:
+    """What a reader of the verdict must also know."""
+    remarks = []
+    closed, gap, gate, constant = (evaluation.get(key) or {} for key in ("kl_closed", "gap_closed", "gate", "constant"))
+    if level in LEVELS and finite(closed.get("low")) and closed["low"] < LEVELS[level]:
+        remarks.append(f"The interval reaches below the {100 * LEVELS[level]:.0f} % that “{level}” asks for.")
+    remarks += [
+        _against_teacher(pair)
+        for pair in evaluation.get("comparisons") or []
+        if metric == pair["metric"] and {pair["a"], pair["b"]} == {"distilled", "in_context"}
+    ]
+    if "undefined" in gap:
+        reason = str(gap["undefined"]).rstrip(".")
+        remarks.append(f"How much of the teacher's gain the adapter keeps (gap closed) is undefined: {reason}.")
+    elif gap and metric:
+        gain = metric_label(metric).removesuffix(" %")
+        remarks.append(f"It keeps {cells('gap_closed', gap, unit='%')} of the teacher's gain in {gain}.")
+    elif not metric:
+        remarks.append("Only fidelity to the teacher was measured: without reference answers, not whether it is right.")
+    student = evaluation["table"].get("distilled", {}).get(constant.get("metric"))
+    if student and student["mean"] <= constant["mean"]:
+        floor = scored(constant["metric"], constant["mean"])
+        remarks.append(f"Always answering “{constant['prediction']}” scores {floor}; the adapter does not beat that.")
+    if gate.get("verdict", "teach") != "teach":
+        reasons = "; ".join(gate.get("reasons") or ["no reason recorded"])
+        remarks.append(f"The gate had found nothing to teach: {reasons}.")
+    return remarks
+
+
+def _against_teacher(pair: Mapping[str, Any]) -> str:
+    sign = 1 if pair["a"] == "distilled" else -1
+    low, high = sorted(sign * pair["difference"][key] for key in ("low", "high"))
+    difference = {"mean": sign * pair["difference"]["mean"], "low": low, "high": high}
+    found = "worse" if high < 0 else "better" if low > 0 else ""
+    end = f": the adapter is {found} than its teacher." if found else "; no difference shown."
+    label = metric_label(pair["metric"])
+    points = cells(pair["metric"], difference, unit="points" if label.endswith("%") else "", sign=True)
+    return f"Distilled minus in-context, {label.removesuffix(' %')}: {points}{end}"
+
+
+def examples(scores: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any], count: int = 8) -> list[Data]:
+    """The first `count` rows of scores.jsonl side by side, in their order and not chosen.
+
+    Each: `row`, `query`, `answer` (text or None) and `arms`: `arm`, `label`, `prediction`, `mark` (`class`, `text`),
+    `kl`, and `tokens` over the teacher's completion: `text`, `kl` in nats, `level` 0 to 5.
+    """
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for line in scores:
+        if line["row"] in rows or len(rows) < count:
+            rows.setdefault(line["row"], []).append(line)
+    found = []
+    for row, lines in rows.items():
+        by_arm = {line["arm"]: line for line in lines}
+        arms = [
+            {
+                "arm": arm,
+                "label": arm_label(arm),
+                "prediction": by_arm[arm].get("prediction"),
+                "mark": _mark(by_arm[arm], evaluation.get("main_metric")),
+                "kl": cells("kl", {"mean": by_arm[arm].get("kl")}),
+                "tokens": [
+                    {"text": text, "kl": cells("kl", {"mean": kl}), "level": sum(kl >= limit for limit in HEAT)}
+                    for text, kl in by_arm[arm].get("token_kl") or []
+                ],
+            }
+            for arm in evaluation["arms"]
+            if arm in by_arm
+        ]
+        found.append({"row": row, "query": lines[0].get("query"), "answer": lines[0].get("answer"), "arms": arms})
+    return found
+
+
+def _mark(line: Mapping[str, Any], main_metric: str | None) -> Data:
+    metrics = line.get("metrics") or {}
+    metric = next((m for m in (main_metric, "exact_match", "label_accuracy") if m and finite(metrics.get(m))), None)
+    if metric is None or line.get("answer") is None:
+        return {"class": "none", "text": ""}
+    value = metrics[metric]
+    if metric not in METRICS:
+        return {"class": "part", "text": f"{metric} {cells(metric, {'mean': value})}"}
+    if value in (0, 1):
+        return {"class": "good", "text": "✓ correct"} if value else {"class": "bad", "text": "✗ incorrect"}
+    return {"class": "part", "text": f"partly right: {cells(metric, {'mean': value})} %"}
+
+
+def mean_of(metric: str, arm: Mapping[str, Any]) -> str:
+    """The mean alone, of a metric in an arm's part of the table."""
+    return cells(metric, {"mean": (arm.get(metric) or {}).get("mean")})
+
+
+def scored(metric: str, value: float) -> str:
+    """`81.7 % exact match`."""
+    text, label = cells(metric, {"mean": value}), metric_label(metric)
+    return f"{text} % {label.removesuffix(' %')}" if label.endswith("%") else f"{text} {label}"
+
+
+def finite(value: Any) -> TypeGuard[float]:
+    """A number that is neither missing nor NaN nor infinite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,518 @@
+"""Contexts, queries and answers become rows with stable ids.
+
+In: local files or hub data sets, and the recipe that names their columns. Out: `Row`s in file order. Invariants: columns
+are named and never guessed; nothing is repaired or skipped in silence, and all that is wrong with a file is reported at
+once, with file and line; a row's id depends on its content alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ctxdistill.errors import DataError, several
+from ctxdistill.recipe import DataSection, Recipe, fields_of
+
+MAX_BYTES = 10_000_000
+"""Longest line, document or text file; more is a wrong file, and is not read into memory."""
+MAX_JSON_BYTES = 256_000_000
+"""Largest `.json` file, which has to be read as a whole."""
+ROLES = ("system", "user", "assistant", "tool")
+HUB = "hub:"
+
+Fields = dict[str, Any]
+Record = tuple[str, Fields]
+"""(origin, columns)."""
+Reader = Callable[[Path, int, list[str]], tuple[list[Record], int]]
+"""(file, most records or 0 for all, list that problems are added to) -> (records, number of records in the file)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of data."""
+
+    id: str
+    """16 hex digits that depend on `fields` alone."""
+    fields: Fields
+    """All columns."""
+    origin: str
+    """Where it comes from, such as `queries.jsonl:12`."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What `read` found."""
+
+    rows: list[Row]
+    left_out: int
+    """Rows after the first `limit`."""
+    source: str
+    """The file, or the hub data set with its configuration and split."""
+
+
+@dataclass(frozen=True)
+class _Column:
+    """What a column has to hold, and the recipe's key that names it."""
+
+    kind: Literal["text", "value", "answer", "messages", "context"]
+    key: str
+    required: bool = True
+
+
+def read(
+    section: DataSection, recipe: Recipe, what: str, *, answers: Literal["optional", "required"] = "optional"
+) -> Rows:
+    """The rows of `section.data`.
+
+    Args:
+        section: names the source and its columns.
+        recipe: says which columns the prompts need, and where relative paths start.
+        what: the recipe's key of this data, for messages: `queries`, `eval` or `context.demos`.
+        answers: whether each row must have an answer.
+
+    Raises: `DataError` that lists all that is wrong.
+    """
+    if not section.data:
+        raise DataError(f"{what}: no data is named", expected="a data file or hub:owner/name")
+    problems: list[str] = []
+    if section.data.startswith(HUB):
+        source, records, total = _read_hub(section, what)
+    else:
+        path = recipe.path(section.data)
+        source, reader = str(path), _reader(path, what)
+        records, total = reader(path, section.limit, problems)
+    if not records and not problems:
+        raise DataError(f"{what}: {source} is empty", expected="at least one row", found="none")
+    problems += _check(records, _columns(section, recipe, what, answers), recipe.prompt.label_words)
+    if problems:
+        raise several(DataError, f"{what}: {source}", problems, fix="mend these lines, or name other columns in the recipe")
+    return Rows([Row(_id(fields), fields, origin) for origin, fields in records], total - len(records), source)
+
+
+def values(row: Row, section: DataSection) -> dict[str, str]:
+    """The columns as text, for the `{column}` fields of a pattern; `prompt` and `answer` are the columns that the
+    section calls so. Columns without a value are left out."""
+    named = {"prompt": row.fields.get(section.prompt), "answer": row.fields.get(section.answer)}
+    return {name: str(value) for name, value in {**row.fields, **named}.items() if value is not None}
+
+
+def query_key(text: str) -> str:
+    """What two queries have in common when they are the same but for case, spaces and Unicode form."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(folded.split())
+
+
+def check_overlap(groups: Mapping[str, Sequence[tuple[Row, str]]]) -> None:
+    """Raise `DataError` when a query occurs twice in a group, or in two groups.
+
+    Args:
+        groups: name (`demos`, `train queries`, `eval`) -> rows with their query texts.
+    """
+    firsts = {name: _firsts(group) for name, group in groups.items()}
+    problems = []
+    for name, group in groups.items():
+        pairs = [(row, firsts[name][query_key(text)], text) for row, text in group]
+        twice = [(row, first, text) for row, first, text in pairs if row is not first]
+        if twice:
+            problems.append(f"{name}: {_count(len(twice), 'row')} with a query that occurred before: {_examples(twice)}")
+    for a, b in itertools.combinations(groups, 2):
+        shared = [(row, firsts[a][key], text) for row, text in groups[b] if (key := query_key(text)) in firsts[a]]
+        if shared:
+            problems.append(f"{a} and {b} overlap in {_count(len(shared), 'row')} of {b}: {_examples(shared)}")
+    if problems:
+        fix = 'remove these rows from one of the sides; queries.duplicates = "drop" drops repeated rows inside a file'
+        raise several(DataError, "rows that should be different are the same", problems, fix=fix)
+
+
+def drop_duplicates(rows: Sequence[Row], key: Callable[[Row], str]) -> tuple[list[Row], int]:
+    """The rows without those whose query already occurred, and how many these were. `key` gives a row's query text."""
+    kept = list(_firsts([(row, key(row)) for row in rows]).values())
+    return kept, len(rows) - len(kept)
+
+
+def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(kept, held out), both in their order: `share` of the rows is held out, chosen by hash of seed and id.
+
+    The choice depends on content and not on position, and changes little when rows are added. Rows with the same id stay
+    together. With a share above 0 and at least two different rows, neither side is empty.
+    """
+    ids = sorted({row.id for row in rows}, key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
+    count = min(max(1, round(share * len(ids))), len(ids) - 1) if share > 0 and ids else 0
+    held = set(ids[:count])
+    return [row for row in rows if row.id not in held], [row for row in rows if row.id in held]
+
+
+def read_text(name: str, recipe: Recipe, what: str) -> str:
+    """A text file of the context as it is, without a byte order mark. Raises `DataError`."""
+    path = recipe.path(name)
+    _must_be_file(path, what)
+    raw = _bounded(path, MAX_BYTES, what)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{what}: {path}:{line} is not valid UTF-8", expected="a UTF-8 text file", fix="convert it to UTF-8"
+        ) from None
+    if not text.strip():
+        raise DataError(f"{what}: {path} is empty", expected="a text", fix=f"write one, or remove {what}")
+    return text
+
+
+def read_messages(name: str, recipe: Recipe, what: str) -> list[dict[str, Any]]:
+    """A message history from a `.json` list or a `.jsonl` file. Raises `DataError` that lists all that is wrong."""
+    path, problems = recipe.path(name), list[str]()
+    _must_be_file(path, what)
+    if path.suffix.lower() not in {".json", ".jsonl"}:
+        raise DataError(f"{what}: cannot read {path}", expected="a .json or .jsonl file", found=path.suffix or "no suffix")
+    records, _ = READERS[path.suffix.lower()](path, 0, problems)
+    problems += [f"{origin}: {problem}" for origin, fields in records for problem in _message_problems(fields)]
+    if problems:
+        fix = 'each message is {"role": "user", "content": "..."}'
+        raise several(DataError, f"{what}: {path}", problems, fix=fix)
+    if not records:
+        raise DataError(f"{what}: {path} is empty", expected="at least one message", found="none")
+    return [fields for _, fields in records]
+
+
+# -- readers ----------------------------------------------------------------------------------------------------------
+
+
+def _read_jsonl(path: Path, most: int, problems: list[str]) -> tuple[list[Record], int]:
+    records: list[Record] = []
+    total = 0
+    for number, line in _lines(path, problems):
+        if not line.strip():
+            continue
+        total += 1
+        origin = f"{path.name}:{number}"
+        fields = _json(line, origin, problems)
+        if isinstance(fields, dict):
+            if not most or len(records) < most:
+                records.append((origin, fields))
+        elif fields is not None:
+            problems.append(f"{origin}: expected an object {{...}}, found {_short(fields)}")
+    return records, total
+
+
+def _read_json(path: Path, most: int, problems: list[str]) -> tuple[list[Record], int]:
+    try:
+        text = _bounded(path, MAX_JSON_BYTES, path.name).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        problems.append(f"{path.name}: not valid UTF-8 at byte {error.start + 1}")
+        return [], 0
+    items = _json(text, path.name, problems) if text.strip() else []
+    if items is None:
+        return [], 0
+    if not isinstance(items, list):
+        problems.append(f"{path.name}: expected a list of objects [{{...}}, ...], found {_short(items)}")
+        return [], 0
+    records = [(f"{path.name}:item {number}", item) for number, item in enumerate(items, 1)]
+    wrong = [f"{origin}: expected an object {{...}}, found {_short(item)}" for origin, item in records if not isinstance(item, dict)]
+    problems += wrong
+    return [] if wrong else records[: most or None], len(records)
+
+
+def _read_csv(path: Path, most: int, problems: list[str], dialect: str = "excel") -> tuple[list[Record], int]:
+    lines = (line for _, line in _lines(path, problems))
+    before = csv.field_size_limit(MAX_BYTES)
+    try:
+        return _csv_records(csv.reader(lines, dialect, strict=True), path.name, most, problems)
+    finally:
+        csv.field_size_limit(before)
+
+
+def _read_tsv(path: Path, most: int, problems: list[str]) -> tuple[list[Record], int]:
+    return _read_csv(path, most, problems, "excel-tab")
+
+
+def _csv_records(reader: Any, name: str, most: int, problems: list[str]) -> tuple[list[Record], int]:
+    header: list[str] | None = None
+    records: list[Record] = []
+    total = 0
+    while True:
+        start = reader.line_num + 1  # a quoted field may go over several lines
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return records, total
+        except csv.Error as error:
+            problems.append(f"{name}:{start}: {error}")
+            continue
+        if not cells:
+            continue
+        if header is None:
+            header = cells
+            if len(set(header)) != len(header) or not all(column.strip() for column in header):
+                problems.append(f"{name}:{start}: expected column names that are different and not empty, found {header}")
+            continue
+        total += 1
+        if len(cells) != len(header):
+            problems.append(f"{name}:{start}: expected {_count(len(header), 'field')} as in the header, found {len(cells)}")
+        elif not most or len(records) < most:
+            records.append((f"{name}:{start}", dict(zip(header, cells, strict=True))))
+
+
+def _read_parquet(path: Path, most: int, problems: list[str]) -> tuple[list[Record], int]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    records: list[Record] = []
+    try:
+        with pq.ParquetFile(path) as file:
+            total = int(file.metadata.num_rows)
+            wanted = min(most or total, total)
+            for batch in file.iter_batches(batch_size=1024):
+                records += [(f"{path.name}:{len(records) + i}", fields) for i, fields in enumerate(batch.to_pylist(), 1)]
+                if len(records) >= wanted:
+                    break
+    except (pa.ArrowException, OSError) as error:
+        problems.append(f"{path.name}: cannot be read as Parquet: {error}")
+        return [], 0
+    return records[:wanted], total
+
+
+def _read_hub(section: DataSection, what: str) -> tuple[str, list[Record], int]:
+    from datasets import load_dataset
+
+    name = str(section.data).removeprefix(HUB)
+    source = f"{name} ({section.config or 'default'}, {section.split})"
+    try:
+        table = load_dataset(name, section.config, split=section.split)
+    except Exception as error:  # the library raises what it likes, network errors among it
+        raise DataError(
+            f"{what}: cannot load the data set {source}",
+            expected="a data set of the hub, one of its configurations and one of its splits",
+            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            fix=f"check {what}.data, {what}.config and {what}.split, and the network; or use a local file",
+        ) from None
+    total = len(table)
+    chosen = table.select(range(min(section.limit or total, total)))
+    return source, [(f"{name}:{section.split}:{number}", dict(row)) for number, row in enumerate(chosen, 1)], total
+
+
+READERS: dict[str, Reader] = {
+    ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv, ".parquet": _read_parquet,
+}  # fmt: skip
+
+
+def _reader(path: Path, what: str) -> Reader:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"{what}: cannot read {path}",
+            expected=f"a file that ends in {', '.join(READERS)}, or hub:owner/name",
+            found=path.suffix or "no suffix",
+            fix="convert it, or rename it if it is one of these",
+        )
+    _must_be_file(path, what)
+    return reader
+
+
+def _must_be_file(path: Path, what: str) -> None:
+    if path.is_file():
+        return
+    folder = path.parent
+    found = f"there is no folder {folder}"
+    if path.exists():
+        found = "a folder"
+    elif folder.is_dir():
+        names = sorted(p.name for p in folder.iterdir() if p.is_file())
+        near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:5]
+        found = f"in {folder}: {', '.join(near)}" if near else f"no files in {folder}"
+    raise DataError(
+        f"{what}: there is no file {path}",
+        expected="a file; relative paths start at the recipe's folder",
+        found=found,
+        fix=f"mend {what} in the recipe",
+    )
+
+
+def _bounded(path: Path, most: int, what: str) -> bytes:
+    """The bytes of a file that is not larger than `most`."""
+    with _open(path, what) as file:
+        raw: bytes = file.read(most + 1)
+    if len(raw) > most:
+        raise DataError(f"{what}: {path} is too large", expected=f"at most {most // 1_000_000} MB", fix="split it, or use .jsonl")
+    return raw
+
+
+def _open(path: Path, what: str) -> Any:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{what}: cannot open {path}: {error.strerror}", fix="check its permissions") from None
+
+
+def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
+    """(number, text) of each line. A line that is too long is left out, and what is not UTF-8 is replaced; both are
+    problems, so that no such row gets any further."""
+    with _open(path, path.name) as file:
+        for number in itertools.count(1):
+            raw: bytes = file.readline(MAX_BYTES + 1)
+            if not raw:
+                return
+            if len(raw) > MAX_BYTES:
+                problems.append(f"{path.name}:{number}: line longer than {MAX_BYTES // 1_000_000} MB")
+                while raw and not raw.endswith(b"\n"):
+                    raw = file.readline(MAX_BYTES)
+                continue
+            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw  # byte order mark
+            try:
+                text = raw.decode()
+            except UnicodeDecodeError as error:
+                problems.append(f"{path.name}:{number}: not valid UTF-8 at byte {error.start + 1} of the line")
+                text = raw.decode(errors="replace")
+            yield number, text
+
+
+def _json(text: str, origin: str, problems: list[str]) -> Any:
+    """The value, or None and a problem more."""
+
+    def once(pairs: list[tuple[str, Any]]) -> Fields:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+        return fields
+
+    try:
+        value = json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if "\n" in text.rstrip("\n") else ""
+        problems.append(f"{origin}: not valid JSON{line}, column {error.colno}: {error.msg}")
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{origin}: not valid JSON: {error}")
+    else:
+        if value is not None:
+            return value
+        problems.append(f"{origin}: expected an object {{...}}, found null")
+    return None
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _columns(section: DataSection, recipe: Recipe, what: str, answers: str) -> dict[str, _Column]:
+    """Every column that the recipe uses of this data."""
+    demos = what.startswith("context.")
+    keys = "queries" if demos else what
+    columns: dict[str, _Column] = {}
+    if not demos:
+        columns |= {
+            column: _Column("context", f"context.{key}")
+            for key, column in (("column", recipe.context.column), ("teacher_prompt", recipe.context.teacher_prompt))
+            if column
+        }
+    columns[section.answer] = _Column("answer", f"{keys}.answer", answers == "required")
+    patterns = [("prompt.answer_pattern", recipe.prompt.answer_pattern)] if answers == "required" else []
+    if section.messages:
+        columns[section.messages] = _Column("messages", f"{keys}.messages")
+    else:
+        patterns.append(("prompt.pattern", recipe.prompt.pattern))
+    for key, pattern in patterns:
+        for name in sorted(fields_of(pattern) - {"prompt", "answer"}):
+            columns.setdefault(name, _Column("value", key))
+        if "prompt" in fields_of(pattern):
+            columns[section.prompt] = _Column("text", f"{keys}.prompt")
+    return columns
+
+
+def _check(records: Sequence[Record], columns: Mapping[str, _Column], labels: Sequence[str]) -> list[str]:
+    """Everything that is wrong with the columns of `records`."""
+    if not records:
+        return []
+    problems = []
+    there = {name for _, fields in records for name in fields}
+    for name, column in columns.items():
+        if column.required and name not in there:
+            problems.append(f"no row has the column {name!r}, which {column.key} names{_nearest(name, there)}")
+            continue
+        for origin, fields in records:
+            if name not in fields:
+                if column.required:
+                    problems.append(f"{origin}: no column {name!r}{_nearest(name, fields)}")
+            elif problem := _problem(fields[name], column, labels):
+                problems.append(f"{origin}: {name}: {problem}")
+    return problems
+
+
+def _problem(value: Any, column: _Column, labels: Sequence[str]) -> str:
+    """What is wrong with one value; empty when nothing is."""
+    if column.kind == "messages" or (column.kind == "context" and isinstance(value, list)):
+        return _history_problem(value)
+    if column.kind == "answer" and not column.required and value is None:
+        return ""
+    kinds: tuple[type, ...] = (str, int, float) if column.kind in {"value", "answer"} else (str,)
+    if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        return f"expected a text{' or a number' if len(kinds) > 1 else ''}, found {_short(value)}"
+    text = str(value)
+    if not text.strip():
+        return "the text is empty"
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        return f"half of a surrogate pair, which is no character, in {_short(text)}"
+    if column.kind == "answer" and labels and text not in labels:
+        return f"{_short(text)} is not one of prompt.label_words{_nearest(text, labels)}"
+    return ""
+
+
+def _history_problem(value: Any) -> str:
+    if not isinstance(value, list) or not value:
+        return f'expected a list of messages [{{"role": "user", "content": "..."}}], found {_short(value)}'
+    return "; ".join(f"message {i}: {problem}" for i, m in enumerate(value, 1) for problem in _message_problems(m))
+
+
+def _message_problems(message: Any) -> list[str]:
+    if not isinstance(message, dict):
+        return [f"expected an object with role and content, found {_short(message)}"]
+    problems = []
+    if message.get("role") not in ROLES:
+        problems.append(f"role: expected one of {', '.join(ROLES)}, found {_short(message.get('role'))}")
+    if not isinstance(message.get("content"), str):
+        problems.append(f"content: expected a text, found {_short(message.get('content'))}")
+    return problems
+
+
+def _id(fields: Fields) -> str:
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _firsts(group: Sequence[tuple[Row, str]]) -> dict[str, Row]:
+    """Query key -> the first row that has it."""
+    firsts: dict[str, Row] = {}
+    for row, text in group:
+        firsts.setdefault(query_key(text), row)
+    return firsts
+
+
+def _examples(pairs: Sequence[tuple[Row, Row, str]]) -> str:
+    shown = [f"{row.origin} = {first.origin} ({_short(text, 40)})" for row, first, text in pairs[:3]]
+    return "; ".join(shown) + ("; ..." if len(pairs) > 3 else "")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    more = ", ..." if len(names) > 12 else ""
+    return f"; did you mean {close[0]!r}?" if close else f"; there is: {', '.join(names[:12])}{more}"
+
+
+def _short(value: Any, most: int = 60) -> str:
+    if value is None:
+        return "nothing"
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"

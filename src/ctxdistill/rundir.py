@@ -1,0 +1,171 @@
+"""The run folder: everything a run leaves behind, written so that a kill at any moment loses at most the last step.
+
+In: plain objects and bytes. Out: files. Invariants: a file that exists is complete (written beside, then renamed); a
+JSON-lines file may end in a broken line after a kill, and that line is dropped on reading; a folder belongs to one
+recipe, known by its fingerprint, and one process at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ctxdistill.errors import RunError
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total) while something long goes on."""
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Says nothing."""
+
+
+def fingerprint(value: Any) -> str:
+    """32 hex digits that change when the JSON form of `value` changes."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()[:32]
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write `path` whole or not at all. Raises `RunError` for a full disk or missing permission."""
+    raw = data.encode() if isinstance(data, str) else data
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise disk_error(path, error, len(raw)) from None
+
+
+def disk_error(path: Path, error: OSError, size: int = 0) -> RunError:
+    """The error for a write that failed."""
+    if error.errno == errno.ENOSPC:
+        return RunError(
+            f"the disk is full: cannot write {path}",
+            expected=f"{size / 1e6:.1f} MB free",
+            fix="free some space, then go on with --resume: nothing that was finished is lost",
+        )
+    return RunError(f"cannot write {path}: {error.strerror or error}", fix="choose another folder with --out")
+
+
+class RunDir:
+    """A run folder at `path`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock: int | None = None
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @classmethod
+    def existing(cls, path: str | Path) -> RunDir:
+        """The folder of a run that was begun. Raises `RunError` when there is none."""
+        run = cls(path)
+        if not (run / "recipe.json").is_file():
+            what = "is not a run folder (no recipe.json in it)" if run.path.is_dir() else "does not exist"
+            raise RunError(f"{path} {what}", expected="a folder written by `ctxdistill distill` or `ctxdistill demo`")
+        return run
+
+    def claim(self, identity: str, *, resume: bool) -> None:
+        """Make the folder this process's, for the recipe with this fingerprint.
+
+        Raises: `RunError` when another process holds it, it belongs to another recipe, it holds a run and `resume` is
+        off, or it holds files that are not a run's.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise disk_error(self.path, error) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(self._lock, 64, 0).decode(errors="replace").strip()
+            os.close(self._lock)
+            self._lock = None
+            raise RunError(f"{self.path} is in use by process {holder}", fix="wait for it, or choose another --out") from None
+        try:
+            self._check_owner(identity, resume)
+        except RunError:
+            self.release()
+            raise
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    def _check_owner(self, identity: str, resume: bool) -> None:
+        if not (self / "recipe.json").is_file():
+            strangers = [p.name for p in self.path.iterdir() if p.name not in {".lock", "targets"} and not p.name.endswith(".tmp")]
+            if strangers:
+                raise RunError(
+                    f"{self.path} is not empty and is not a run folder",
+                    found=", ".join(sorted(strangers)[:5]),
+                    fix="choose a new folder with --out",
+                )
+            return
+        stored = self.read_json("recipe.json").get("fingerprint")
+        if stored != identity:
+            raise RunError(
+                f"{self.path} belongs to another recipe",
+                expected=f"recipe fingerprint {identity}",
+                found=f"{stored}",
+                fix="choose another folder with --out, or run with the recipe and data that this folder was made with",
+            )
+        if not resume:
+            raise RunError(
+                f"{self.path} already holds a run of this recipe",
+                fix="go on with --resume, choose another folder with --out, or delete it",
+            )
+
+    def release(self) -> None:
+        """Let others use the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomic(self / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Raises `RunError` when the file is missing or damaged."""
+        try:
+            return json.loads((self / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(f"{self / name} is missing", fix="finish the run with `ctxdistill distill ... --resume`") from None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self / name} is damaged: {error}", fix="delete the run folder and start again") from None
+
+    def append(self, name: str, value: Any) -> None:
+        """Add one line to a JSON-lines file."""
+        try:
+            with open(self / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise disk_error(self / name, error) from None
+
+    def write_jsonl(self, name: str, values: Iterable[Any]) -> None:
+        write_atomic(self / name, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+    def read_jsonl(self, name: str) -> list[Any]:
+        """All complete lines; [] when there is no such file. A last line that a kill cut off is dropped."""
+        path = self / name
+        if not path.is_file():
+            return []
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        values = []
+        for number, line in enumerate(lines[:-1], 1):
+            try:
+                values.append(json.loads(line))
+            except ValueError:
+                raise RunError(f"{path}:{number} is damaged", fix="delete this file and run again with --resume") from None
+        return values

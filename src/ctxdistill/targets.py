@@ -1,0 +1,208 @@
+"""Fix the completion ids once, ask the teacher once, keep what the loss needs.
+
+In: pairs of prompts, the model with its adapter off. Out: a `Target` per completion: its ids and what the teacher said
+at each of its positions. Invariants: the store holds whole shards with checksums; a row's key covers everything its
+target depends on; batches are formed from the whole list and not from what is missing, so an interrupted labelling gives
+the same bits as an uninterrupted one.
+
+What is kept (`targets.kind`): `hidden` the final hidden state [T, d], exact since teacher and student share the head;
+`full` log-probabilities [T, V]; `topk` the largest log-probabilities and their ids [T, K], normalised over the whole
+vocabulary before selection, so that 1 - sum is the tail mass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from ctxdistill.errors import RunError
+from ctxdistill.lm import LM, Prefix
+from ctxdistill.prompts import Pair, Prompter, join
+from ctxdistill.recipe import CompletionsSection, Recipe, TargetsSection
+from ctxdistill.rundir import Progress, fingerprint, no_progress, write_atomic
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the student learns from one completion."""
+
+    key: str
+    ids: tuple[int, ...]
+    """Completion ids, the same on both sides."""
+    tensors: dict[str, torch.Tensor]
+    """`hidden` [T, d]; or `logprobs` [T, V]; or `topk_logprobs` and `topk_ids` [T, K]."""
+
+
+class TargetStore:
+    """A folder of safetensors shards and an `index.json`: key -> shard, shard -> checksum.
+
+    Raises (at construction): `RunError` naming a shard that is missing or whose bytes have changed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shards: dict[str, str] = {}  # file name -> sha256
+        self.where: dict[str, str] = {}  # key -> file name
+        index = folder / "index.json"
+        if not index.is_file():
+            return
+        try:
+            stored = json.loads(index.read_text(encoding="utf-8"))
+            self.shards, self.where = dict(stored["shards"]), dict(stored["keys"])
+        except (ValueError, KeyError, OSError) as error:
+            raise RunError(f"{index} is damaged: {error}", fix=f"delete {folder}; the targets will be made again") from None
+        for name, sha in self.shards.items():
+            path = folder / name
+            found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+            if found != sha:
+                raise RunError(
+                    f"the target shard {path} is damaged",
+                    expected=f"sha256 {sha}",
+                    found=found,
+                    fix=f"delete {folder}; the targets will be made again",
+                )
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.where
+
+    def __getitem__(self, key: str) -> Target:
+        with safe_open(self.folder / self.where[key], framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(f"{key}.")]  # noqa: SIM118 (not a dict)
+            tensors = {name.partition(".")[2]: file.get_tensor(name) for name in names}
+        return Target(key, tuple(tensors.pop("ids").tolist()), tensors)
+
+    def add(self, targets: Sequence[Target]) -> None:
+        """Write one shard, then the index; a kill in between leaves a shard that nothing names and that is rewritten."""
+        tensors = {f"{t.key}.{name}": tensor.contiguous() for t in targets for name, tensor in t.tensors.items()}
+        tensors |= {f"{t.key}.ids": torch.tensor(t.ids, dtype=torch.int32) for t in targets}
+        name = f"{fingerprint([t.key for t in targets])}.safetensors"
+        raw = save(tensors)
+        write_atomic(self.folder / name, raw)
+        self.shards[name] = hashlib.sha256(raw).hexdigest()
+        self.where |= {t.key: name for t in targets}
+        write_atomic(self.folder / "index.json", json.dumps({"shards": self.shards, "keys": self.where}, indent=1))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One completion to label."""
+
+    pair: Pair
+    sample: int
+    key: str
+
+
+def label(
+    lm: LM,
+    prompter: Prompter,
+    pairs: Sequence[Pair],
+    recipe: Recipe,
+    store: TargetStore,
+    *,
+    completions: CompletionsSection | None = None,
+    kind: TargetsSection | None = None,
+    progress: Progress = no_progress,
+    stage: str = "teacher",
+) -> list[list[Target]]:
+    """Targets for every pair: `completions.samples` of them each, in the order of `pairs`.
+
+    `completions` and `kind` take the place of the recipe's, for rows that are evaluated and not trained on.
+    """
+    completions, kind = completions or recipe.completions, kind or recipe.targets
+    base = fingerprint([lm.fingerprint, prompter.end, completions.model_dump(), kind.kind, kind.k if kind.kind == "topk" else 0])
+    if completions.source == "label":
+        base = fingerprint([base, prompter.labels])
+    seed = recipe.train.seed if completions.temperature > 0 else 0
+    jobs = [
+        Job(pair, sample, fingerprint([base, pair.teacher, pair.answer if completions.source == "data" else None, sample, seed]))
+        for pair in pairs
+        for sample in range(completions.samples)
+    ]
+    order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].pair.teacher), jobs[i].key))
+    chunks = [order[i : i + kind.batch_size] for i in range(0, len(order), kind.batch_size)]
+    todo = [[jobs[i] for i in chunk if jobs[i].key not in store] for chunk in chunks]
+    with torch.no_grad(), lm.adapter(False):
+        # The prefix of all rows, also when some are done: its length must not depend on what is left to do.
+        prefix = lm.prefix([job.pair.teacher for job in jobs]) if any(todo) else None
+        for number, batch in enumerate(todo):
+            if batch:
+                store.add(_label_batch(lm, prompter, batch, completions, kind, seed, prefix))
+            progress(stage, sum(map(len, chunks[: number + 1])), len(jobs))
+    made = [store[job.key] for job in jobs]
+    n = completions.samples
+    return [made[i : i + n] for i in range(0, len(made), n)]
+
+
+def _label_batch(
+    lm: LM,
+    prompter: Prompter,
+    jobs: Sequence[Job],
+    completions: CompletionsSection,
+    kind: TargetsSection,
+    seed: int,
+    prefix: Prefix | None,
+) -> list[Target]:
+    prompts = [job.pair.teacher for job in jobs]
+    if completions.source == "data":
+        ids = [prompter.completion(job.pair.answer or "") for job in jobs]
+    elif completions.source == "label":
+        scores = score_labels(lm, prompts, prompter.labels, prefix=prefix, batch_size=kind.batch_size)  # [B, labels]
+        words = list(prompter.labels.values())
+        ids = [words[i] for i in scores.argmax(1).tolist()]
+    else:
+        seeds = [int(fingerprint([seed, job.key])[:15], 16) for job in jobs]
+        written = lm.generate(
+            prompts,
+            max_new_tokens=completions.max_new_tokens,
+            ends=prompter.ends,
+            temperature=completions.temperature,
+            seeds=seeds,
+            prefix=prefix,
+        )
+        ids = [tuple(row) for row in written]
+    hidden = lm.hidden([join(p, c) for p, c in zip(prompts, ids, strict=True)], prefix)
+    return [Target(job.key, c, keep(lm, h, kind)) for job, c, h in zip(jobs, ids, hidden, strict=True)]
+
+
+def keep(lm: LM, hidden: torch.Tensor, kind: TargetsSection) -> dict[str, torch.Tensor]:
+    """What a target holds of the teacher's hidden states [T, d]."""
+    if kind.kind == "hidden":
+        return {"hidden": hidden.cpu().clone()}
+    logprobs = lm.head(hidden).log_softmax(-1)  # [T, V]
+    if kind.kind == "full":
+        return {"logprobs": logprobs.cpu()}
+    values, ids = logprobs.topk(min(kind.k, logprobs.shape[-1] - 1))  # [T, K]
+    return {"topk_logprobs": values.cpu(), "topk_ids": ids.cpu().int()}
+
+
+def score_labels(
+    lm: LM,
+    prompts: Sequence[Sequence[int]],
+    labels: dict[str, tuple[int, ...]],
+    *,
+    prefix: Prefix | None,
+    batch_size: int,
+) -> torch.Tensor:
+    """Log-probability of each label's whole token sequence after each prompt. Returns [prompts, labels] on the CPU."""
+    rows = [join(prompt, ids) for prompt in prompts for ids in labels.values()]
+    scores = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        for (ids, n), hidden in zip(batch, lm.hidden(batch, prefix), strict=True):
+            logprobs = lm.head(hidden).log_softmax(-1)  # [T, V]
+            scores.append(logprobs.gather(1, torch.tensor(ids[-n:], device=logprobs.device)[:, None]).sum().item())
+    return torch.tensor(scores).view(len(prompts), len(labels))
+
+
+def captured_mass(targets: Sequence[Target]) -> float | None:
+    """Mean share of the teacher's probability that top-k targets hold; None for exact targets."""
+    if not targets or "topk_logprobs" not in targets[0].tensors:
+        return None
+    return float(torch.cat([t.tensors["topk_logprobs"].exp().sum(1) for t in targets]).mean())

