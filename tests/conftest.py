@@ -7,6 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub library is imp
 
 import pytest
 import tiny
+import torch
+
+torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
 
 @pytest.fixture(scope="session", autouse=True)

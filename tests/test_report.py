@@ -43,52 +43,100 @@ def make_evaluation() -> dict[str, Any]:
         "main_metric": "exact_match",
         "table": {
             "zero_shot": {
-                "format": estimate(0.0, 0.0), "exact_match": estimate(0.0, 0.0), "field_accuracy": estimate(0.021, 0.015),
-                "mine:brevity": estimate(3.25, 0.5), "kl": estimate(1.874, 0.12), "top1": estimate(0.41, 0.03),
-                "prompt_tokens": {"mean": 36.8, "low": 30, "high": 49, "n": 120}, "latency_ms": estimate(1210.4, 60, 8),
+                "format": estimate(0.0, 0.0),
+                "exact_match": estimate(0.0, 0.0),
+                "field_accuracy": estimate(0.021, 0.015),
+                "mine:brevity": estimate(3.25, 0.5),
+                "kl": estimate(1.874, 0.12),
+                "top1": estimate(0.41, 0.03),
+                "prompt_tokens": {"mean": 36.8, "low": 30, "high": 49, "n": 120},
+                "latency_ms": estimate(1210.4, 60, 8),
             },
             "in_context": {
-                "format": estimate(0.992, 0.008), "exact_match": estimate(0.825, 0.067), "field_accuracy": estimate(0.925, 0.03),
-                "kl": estimate(0.0, 0.0), "top1": estimate(1.0, 0.0),
-                "prompt_tokens": {"mean": 539.8, "low": 533, "high": 552, "n": 120}, "latency_ms": estimate(842.1, 40, 8),
+                "format": estimate(0.992, 0.008),
+                "exact_match": estimate(0.825, 0.067),
+                "field_accuracy": estimate(0.925, 0.03),
+                "prompt_tokens": {"mean": 539.8, "low": 533, "high": 552, "n": 120},
+                "latency_ms": estimate(842.1, 40, 8),
             },
             "distilled": {
-                "format": estimate(0.983, 0.017), "exact_match": estimate(0.8167, 0.07), "field_accuracy": estimate(0.919, 0.03),
-                "kl": estimate(0.054, 0.009), "top1": estimate(0.978, 0.007),
-                "prompt_tokens": {"mean": 36.8, "low": 30, "high": 49, "n": 120}, "latency_ms": estimate(420.5, 25, 8),
+                "format": estimate(0.983, 0.017),
+                "exact_match": estimate(0.8167, 0.07),
+                "field_accuracy": estimate(0.919, 0.03),
+                "kl": estimate(0.054, 0.009),
+                "top1": estimate(0.978, 0.007),
+                "prompt_tokens": {"mean": 36.8, "low": 30, "high": 49, "n": 120},
+                "latency_ms": estimate(420.5, 25, 8),
             },
         },
         "kl_closed": {"mean": 0.971, "low": 0.965, "high": 0.976},
         "gap_closed": {"mean": 0.99, "low": 0.93, "high": 1.05},
         "comparisons": [
-            {"a": "in_context", "b": "zero_shot", "metric": "exact_match",
-             "difference": {"mean": 0.825, "low": 0.758, "high": 0.892}, "p_mcnemar": 1.2e-29},
-            {"a": "distilled", "b": "zero_shot", "metric": "exact_match",
-             "difference": {"mean": 0.8167, "low": 0.742, "high": 0.883}, "p_mcnemar": 2.5e-29},
-            {"a": "distilled", "b": "in_context", "metric": "exact_match",
-             "difference": {"mean": -0.0083, "low": -0.058, "high": 0.042}, "p_mcnemar": 1.0},
-            {"a": "distilled", "b": "in_context", "metric": "field_accuracy",
-             "difference": {"mean": -0.006, "low": -0.03, "high": 0.018}, "p_mcnemar": None},
+            {
+                "a": "in_context",
+                "b": "zero_shot",
+                "metric": "exact_match",
+                "difference": {"mean": 0.825, "low": 0.758, "high": 0.892},
+                "p_mcnemar": 1.2e-29,
+            },
+            {
+                "a": "distilled",
+                "b": "zero_shot",
+                "metric": "exact_match",
+                "difference": {"mean": 0.8167, "low": 0.742, "high": 0.883},
+                "p_mcnemar": 2.5e-29,
+            },
+            {
+                "a": "distilled",
+                "b": "in_context",
+                "metric": "exact_match",
+                "difference": {"mean": -0.0083, "low": -0.058, "high": 0.042},
+                "p_mcnemar": 1.0,
+            },
+            {
+                "a": "distilled",
+                "b": "in_context",
+                "metric": "field_accuracy",
+                "difference": {"mean": -0.006, "low": -0.03, "high": 0.018},
+                "p_mcnemar": None,
+            },
         ],
         "constant": {"prediction": "call mom | sunday | 6pm", "metric": "exact_match", "mean": 0.008},
         "gate": {
-            "verdict": "teach", "reasons": ["the teacher's exact match is 82.5 points above zero-shot"],
-            "gain": {"mean": 0.825, "low": 0.758, "high": 0.892}, "metric": "exact_match", "kl": estimate(1.874, 0.12),
-            "context_tokens": 503, "query_tokens": {"mean": 36.8, "max": 49}, "window": 8192, "fits": True,
+            "verdict": "teach",
+            "reasons": ["the teacher's exact match is 82.5 points above zero-shot"],
+            "gain": {"mean": 0.825, "low": 0.758, "high": 0.892},
+            "metric": "exact_match",
+            "kl": estimate(1.874, 0.12),
+            "context_tokens": 503,
+            "query_tokens": {"mean": 36.8, "max": 49},
+            "window": 8192,
+            "fits": True,
             "estimate": {"seconds": 141.3, "memory_mb": 1480, "cost": None},
         },
         "training": {
-            "steps": 100, "epochs": 4, "best_step": 100, "best_validation_kl": 0.0521, "seconds": 96.4,
-            "trainable_parameters": 4884480, "adapter_bytes": 19561328, "train_rows": 200, "supervised_tokens": 2911,
+            "steps": 100,
+            "epochs": 4,
+            "best_step": 100,
+            "best_validation_kl": 0.0521,
+            "seconds": 96.4,
+            "trainable_parameters": 4884480,
+            "adapter_bytes": 19561328,
+            "train_rows": 200,
+            "supervised_tokens": 2911,
             "truncated_completions": 1,
         },
         "cost": {
-            "seconds": {"gate": 21.5, "label": 18.2, "train": 96.4, "total": 136.1}, "prompt_tokens_saved": 503.0,
-            "ms_saved": 421.6, "break_even_requests": 323, "break_even_money": None, "training_tokens": 161_000,
+            "seconds": {"gate": 21.5, "label": 18.2, "train": 96.4, "total": 136.1},
+            "prompt_tokens_saved": 503.0,
+            "ms_saved": 421.6,
+            "break_even_requests": 323,
+            "break_even_money": None,
+            "training_tokens": 161_000,
             "break_even_tokens": 320.1,
         },
         "notes": ["1 completion hit max_new_tokens without an end."],
-    }  # fmt: skip
+    }
 
 
 def make_recipe() -> dict[str, Any]:
@@ -104,20 +152,47 @@ def make_recipe() -> dict[str, Any]:
         "explicit": ["train.lr", "lora.rank"],
         "fingerprint": "5f0c" * 8,
         "created": "2025-01-31T12:00:00+00:00",
-        "versions": {"ctxdistill": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0", "peft": "0.19.0", "python": "3.11.2"},
+        "versions": {
+            "ctxdistill": "0.1.0",
+            "torch": "2.13.0",
+            "transformers": "5.24.0",
+            "peft": "0.19.0",
+            "python": "3.11.2",
+        },
         "model": {
-            "name": "HuggingFaceTB/SmolLM2-135M-Instruct", "revision": "12fd25f77366fa6b3b4b768ec3050bf629380bac",
-            "weights_sha256": "a1" * 32, "tokenizer_sha256": "b2" * 32, "template_sha256": "c3" * 32, "dtype": "float32",
-            "device": "cpu", "architecture": "LlamaForCausalLM", "parameters": 134515008, "window": 8192,
+            "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "revision": "12fd25f77366fa6b3b4b768ec3050bf629380bac",
+            "weights_sha256": "a1" * 32,
+            "tokenizer_sha256": "b2" * 32,
+            "template_sha256": "c3" * 32,
+            "dtype": "float32",
+            "device": "cpu",
+            "architecture": "LlamaForCausalLM",
+            "parameters": 134515008,
+            "window": 8192,
         },
         "context": {
-            "sha256": "d4" * 32, "tokens": 503, "kinds": ["system", "demos"],
-            "preview": "system: Turn the reminder into one line: task | day | time.\nuser: remind me to feed the cat at noon\n"
+            "sha256": "d4" * 32,
+            "tokens": 503,
+            "kinds": ["system", "demos"],
+            "preview": "system: Turn the reminder into one line: task | day | time.\n"
+            "user: remind me to feed the cat at noon\n"
             "assistant: feed the cat | today | noon",
         },
-        "rows": {"train": 200, "validation": 20, "eval": 120, "demos": 10, "dropped_duplicates": 0, "left_out_by_limit": 0, "sha256": "e5" * 32},
-        "student_prompt": {"text": system + "<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n", "template_inserts": system},
-    }  # fmt: skip
+        "rows": {
+            "train": 200,
+            "validation": 20,
+            "eval": 120,
+            "demos": 10,
+            "dropped_duplicates": 0,
+            "left_out_by_limit": 0,
+            "sha256": "e5" * 32,
+        },
+        "student_prompt": {
+            "text": system + "<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n",
+            "template_inserts": system,
+        },
+    }
 
 
 def make_metrics() -> list[dict[str, Any]]:
@@ -125,7 +200,18 @@ def make_metrics() -> list[dict[str, Any]]:
     for step in range(1, 101):
         kl = 1.9 * math.exp(-step / 16) + 0.05 * (1 + 0.4 * rng.random())
         rate = 5e-4 * min(step / 10, 0.55 + 0.45 * math.cos(math.pi * step / 100))
-        lines.append({"event": "step", "step": step, "epoch": step / 25, "loss": kl, "kl": kl, "lr": rate, "grad_norm": 0.4, "tokens": 230})
+        lines.append(
+            {
+                "event": "step",
+                "step": step,
+                "epoch": step / 25,
+                "loss": kl,
+                "kl": kl,
+                "lr": rate,
+                "grad_norm": 0.4,
+                "tokens": 230,
+            }
+        )
         if step % 25 == 0:
             lines.append({"event": "validation", "step": step, "epoch": step / 25, "kl": kl * 1.15, "best": True})
     return lines
@@ -139,13 +225,21 @@ def make_scores(queries: list[str]) -> list[dict[str, Any]]:
             right = float(arm != "zero_shot" and number % 4 != 3)
             spread = {"zero_shot": 2.2, "in_context": 0.0, "distilled": 0.12}[arm]
             words = ["call", " mom", " |", " sunday", " |", " ", "6", "pm", "<|im_end|>"]
-            lines.append({
-                "arm": arm, "row": f"eval:{number}", "query": query, "answer": "call mom | sunday | 6pm",
-                "prediction": texts.get(arm, "call mom | sunday | 6pm") if number < 8 else query,
-                "metrics": {"exact_match": right, "format": right, "field_accuracy": right},
-                "prompt_tokens": 540 if arm == "in_context" else 37, "kl": spread / 2, "tokens": len(words), "top1": 0.9,
-                "token_kl": [[word, spread * rng.random() ** 2] for word in words] if spread else [],
-            })  # fmt: skip
+            lines.append(
+                {
+                    "arm": arm,
+                    "row": f"eval:{number}",
+                    "query": query,
+                    "answer": "call mom | sunday | 6pm",
+                    "prediction": texts.get(arm, "call mom | sunday | 6pm") if number < 8 else query,
+                    "metrics": {"exact_match": right, "format": right, "field_accuracy": right},
+                    "prompt_tokens": 540 if arm == "in_context" else 37,
+                    "kl": spread / 2,
+                    "tokens": len(words),
+                    "top1": 0.9,
+                    "token_kl": [[word, spread * rng.random() ** 2] for word in words] if spread else [],
+                }
+            )
     return lines
 
 
@@ -224,12 +318,26 @@ def squeeze(text: str) -> str:
 def test_the_table_has_the_numbers_that_were_measured() -> None:
     rows = {row["metric"]: row for row in report.result_table(make_evaluation())}
     assert rows["exact_match"]["label"] == "exact match %"
-    assert rows["exact_match"]["cells"] == {"zero_shot": "0.0", "in_context": "82.5 [75.8, 89.2]", "distilled": "81.7 [74.7, 88.7]"}
+    assert rows["exact_match"]["cells"] == {
+        "zero_shot": "0.0",
+        "in_context": "82.5 [75.8, 89.2]",
+        "distilled": "81.7 [74.7, 88.7]",
+    }
     assert rows["kl"]["cells"]["distilled"] == "0.054 [0.045, 0.063]"
     assert rows["kl_closed"]["cells"] == {"zero_shot": "0.0", "in_context": "100.0", "distilled": "97.1 [96.5, 97.6]"}
     assert rows["prompt_tokens"]["cells"]["in_context"] == "539.8"  # counted: no interval
     assert rows["mine:brevity"]["cells"] == {"zero_shot": "3.250 [2.750, 3.750]", "in_context": "–", "distilled": "–"}
-    assert list(rows) == ["format", "exact_match", "field_accuracy", "mine:brevity", "kl", "kl_closed", "top1", "prompt_tokens", "latency_ms"]
+    assert list(rows) == [
+        "format",
+        "exact_match",
+        "field_accuracy",
+        "mine:brevity",
+        "kl",
+        "kl_closed",
+        "top1",
+        "prompt_tokens",
+        "latency_ms",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -243,14 +351,16 @@ def test_the_table_has_the_numbers_that_were_measured() -> None:
         ("exact_match", None, {}, "–"),
     ],
 )
-def test_cells_writes_estimates(metric: str, value: dict[str, float] | None, options: dict[str, Any], text: str) -> None:
+def test_cells_writes_estimates(
+    metric: str, value: dict[str, float] | None, options: dict[str, Any], text: str
+) -> None:
     assert report.cells(metric, value, **options) == text
 
 
 def test_the_verdict_says_what_was_measured(run: Path) -> None:
     sentence = (
-        "Faithful: the adapter closes 97.1 % [96.5, 97.6] of the KL and answers with 81.7 % exact match against 82.5 % with the "
-        "context in the prompt and 0.0 % without it, using 37 instead of 540 prompt tokens."
+        "Faithful: the adapter closes 97.1 % [96.5, 97.6] of the KL and answers with 81.7 % exact match against 82.5 % "
+        "with the context in the prompt and 0.0 % without it, using 37 instead of 540 prompt tokens."
     )
     assert report.verdict(make_evaluation())["sentence"] == sentence
     assert sentence in page_of(run).text
@@ -260,10 +370,15 @@ def test_the_verdict_says_what_was_measured(run: Path) -> None:
 @pytest.mark.parametrize(
     ("closed", "level"),
     [
-        ((0.95, 0.94, 0.96), "faithful"), ((0.949, 0.94, 0.96), "close"), ((0.8, 0.7, 0.9), "close"), ((0.79, 0.7, 0.9), "partial"),
-        ((0.1, -0.02, 0.2), "no effect"), ((-0.5, -0.7, -0.3), "no effect"), (None, "not judged"),
+        ((0.95, 0.94, 0.96), "faithful"),
+        ((0.949, 0.94, 0.96), "close"),
+        ((0.8, 0.7, 0.9), "close"),
+        ((0.79, 0.7, 0.9), "partial"),
+        ((0.1, -0.02, 0.2), "no effect"),
+        ((-0.5, -0.7, -0.3), "no effect"),
+        (None, "not judged"),
     ],
-)  # fmt: skip
+)
 def test_the_level_follows_the_kl_that_is_closed(closed: tuple[float, float, float] | None, level: str) -> None:
     estimate = dict(zip(("mean", "low", "high"), closed, strict=True)) if closed else None
     assert report.verdict({**make_evaluation(), "kl_closed": estimate})["level"] == level
@@ -272,8 +387,11 @@ def test_the_level_follows_the_kl_that_is_closed(closed: tuple[float, float, flo
 def test_the_verdict_does_not_hide_an_adapter_that_is_worse_than_its_teacher() -> None:
     evaluation = make_evaluation()
     evaluation["comparisons"][2] = {
-        "a": "in_context", "b": "distilled", "metric": "exact_match", "difference": {"mean": 0.1, "low": 0.04, "high": 0.16},
-    }  # fmt: skip
+        "a": "in_context",
+        "b": "distilled",
+        "metric": "exact_match",
+        "difference": {"mean": 0.1, "low": 0.04, "high": 0.16},
+    }
     remarks = " ".join(report.verdict(evaluation)["remarks"])
     assert "-10.0 points [-16.0, -4.0]: the adapter is worse than its teacher" in remarks
     assert "no difference shown" not in remarks
@@ -292,7 +410,12 @@ def test_nothing_in_data_becomes_markup(hostile: Path) -> None:
     assert not tags & {"script", "img", "iframe", "link", "object", "embed", "form", "base"}
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert [tag for tag, _ in page.tags].count("style") == 1
-    for text in ("<script>alert(1)</script>", "</style><b>out</b>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }} {% raw %}"):
+    for text in (
+        "<script>alert(1)</script>",
+        "</style><b>out</b>",
+        '"><img src=x onerror=alert(1)>',
+        "{{ 7 * 7 }} {% raw %}",
+    ):
         assert text in page.text
     assert "abc⟨U+202E⟩def⟨U+2066⟩ghi" in page.text
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x00]", page.text)
@@ -300,9 +423,13 @@ def test_nothing_in_data_becomes_markup(hostile: Path) -> None:
 
 def test_the_page_loads_nothing_and_runs_nothing(hostile: Path) -> None:
     page = page_of(hostile)
-    policy = [a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
+    policy = [
+        a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
-    targets = [a[name] for _, a in page.tags for name in ("src", "href", "xlink:href", "data", "action", "srcset") if name in a]
+    targets = [
+        a[name] for _, a in page.tags for name in ("src", "href", "xlink:href", "data", "action", "srcset") if name in a
+    ]
     assert targets
     assert all(target and target.startswith("#") for target in targets)
     styles = [a["style"] for _, a in page.tags if a.get("style")]
@@ -327,16 +454,31 @@ def test_the_page_shows_every_part(run: Path) -> None:
         "Cumulative minutes over requests, with the context in the prompt and distilled",
     ]
     for part in (
-        "✓ correct", "✗ incorrect", "Distilled minus in-context, exact match: -0.8 points [-5.8, +4.2]; no difference shown.", "323 requests",
-        "Counted in time, it pays off after 323 requests.", "Counted in prompt tokens, it pays off after 321 requests", "a1" * 32, "d4" * 32, "2.13.0",
-        "always answering “call mom | sunday | 6pm” scores 0.8 % exact match", "1 completion hit max_new_tokens without an end.", "< 0.001",
-        "train.lr, lora.rank", "It keeps 99.0 % [93.0, 105.0] of the teacher's gain in exact match.", "136 s (gate 22 s, label 18 s, train 96 s)",
-    ):  # fmt: skip
+        "✓ correct",
+        "✗ incorrect",
+        "Distilled minus in-context, exact match: -0.8 points [-5.8, +4.2]; no difference shown.",
+        "323 requests",
+        "Counted in time, it pays off after 323 requests.",
+        "Counted in prompt tokens, it pays off after 321 requests",
+        "a1" * 32,
+        "d4" * 32,
+        "2.13.0",
+        "always answering “call mom | sunday | 6pm” scores 0.8 % exact match",
+        "1 completion hit max_new_tokens without an end.",
+        "< 0.001",
+        "train.lr, lora.rank",
+        "It keeps 99.0 % [93.0, 105.0] of the teacher's gain in exact match.",
+        "136 s (gate 22 s, label 18 s, train 96 s)",
+    ):
         assert part in text, part
     assert text.count("remind me to call mom on sunday at") == 8
-    heat = [(a["class"], a["title"]) for tag, a in page.tags if tag == "span" and (a.get("title") or "").startswith("KL ")]
+    heat = [
+        (a["class"], a["title"]) for tag, a in page.tags if tag == "span" and (a.get("title") or "").startswith("KL ")
+    ]
     assert len(heat) == 8 * 2 * 9
-    expected = {kind: sum(float(title.split()[1]) >= limit for limit in report.HEAT) for kind, title in heat if kind and title}
+    expected = {
+        kind: sum(float(title.split()[1]) >= limit for limit in report.HEAT) for kind, title in heat if kind and title
+    }
     assert all(kind == f"k k{level}" for kind, level in expected.items())
 
 
@@ -389,18 +531,33 @@ def test_the_card_says_how_to_serve(run: Path) -> None:
     card = path.read_text(encoding="utf-8")
     _, front, body = card.split("---\n", 2)
     assert front.splitlines() == [
-        'base_model: "HuggingFaceTB/SmolLM2-135M-Instruct"', "library_name: peft", "pipeline_tag: text-generation",
-        "tags:", "- lora", "- context-distillation", "- ctxdistill",
-    ]  # fmt: skip
+        'base_model: "HuggingFaceTB/SmolLM2-135M-Instruct"',
+        "library_name: peft",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- lora",
+        "- context-distillation",
+        "- ctxdistill",
+    ]
     prompt = make_recipe()["student_prompt"]["text"]
     assert f"```\n{prompt}\n```" in body
     code = re.search(r"```python\n(.*?)\n```", body, re.DOTALL)
     assert code
     compile(code[1], "card", "exec")
     assert f"prompt = {prompt!r}.replace(" in code[1]
-    assert "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --revision 12fd25f --enable-lora --lora-modules reminders=path/to/this/folder" in body
+    assert (
+        "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --revision 12fd25f "
+        "--enable-lora --lora-modules reminders=path/to/this/folder" in body
+    )
     assert "--max-lora-rank 16\n" in body  # rank 12 is not a value that vLLM takes
-    for part in ("d4" * 32, "c3" * 32, "12fd25f77366fa6b3b4b768ec3050bf629380bac", "forward_kl", "81.7 [74.7, 88.7]", "feed the cat | today | noon"):
+    for part in (
+        "d4" * 32,
+        "c3" * 32,
+        "12fd25f77366fa6b3b4b768ec3050bf629380bac",
+        "forward_kl",
+        "81.7 [74.7, 88.7]",
+        "feed the cat | today | noon",
+    ):
         assert part in body
 
 
@@ -447,19 +604,36 @@ def test_no_folder_is_an_error(tmp_path: Path) -> None:
 
 def test_optional_parts_may_be_missing(tmp_path: Path) -> None:
     evaluation = make_evaluation()
-    table = {arm: {k: v for k, v in row.items() if k in ("kl", "top1", "prompt_tokens")} for arm, row in evaluation["table"].items()}
+    table = {
+        arm: {k: v for k, v in row.items() if k in ("kl", "top1", "prompt_tokens")}
+        for arm, row in evaluation["table"].items()
+    }
     cost = {**evaluation["cost"], "ms_saved": None, "break_even_requests": None}
     run = build_run(
-        tmp_path / "run", table=table, main_metric=None, answers=0, kl_closed=None, gap_closed=None, comparisons=[], constant=None,
-        cost=cost, notes=[], gate={**evaluation["gate"], "gain": None, "metric": None},
-    )  # fmt: skip
+        tmp_path / "run",
+        table=table,
+        main_metric=None,
+        answers=0,
+        kl_closed=None,
+        gap_closed=None,
+        comparisons=[],
+        constant=None,
+        cost=cost,
+        notes=[],
+        gate={**evaluation["gate"], "gain": None, "metric": None},
+    )
     lines = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
-    (run / "scores.jsonl").write_text("".join(json.dumps({**line, "answer": None, "metrics": {}}) + "\n" for line in lines))
+    (run / "scores.jsonl").write_text(
+        "".join(json.dumps({**line, "answer": None, "metrics": {}}) + "\n" for line in lines)
+    )
     text = squeeze(page_of(run).text)
     for part in (
-        "Not judged: the share of the KL that the adapter closes is not defined for this run (KL without the context: 1.874 [1.754, 1.994]",
-        "Only fidelity to the teacher was measured", "No reference answer", "not known, because the time of a request was not measured",
-    ):  # fmt: skip
+        "Not judged: the share of the KL that the adapter closes is not defined for this run "
+        "(KL without the context: 1.874 [1.754, 1.994]",
+        "Only fidelity to the teacher was measured",
+        "No reference answer",
+        "not known, because the time of a request was not measured",
+    ):
         assert part in text, part
     assert "correct" not in text
     assert report.write_card(run).is_file()
@@ -479,7 +653,13 @@ def test_the_bare_minimum_renders(run: Path) -> None:
 
 
 def test_a_run_that_saves_nothing_never_pays_off(tmp_path: Path) -> None:
-    cost = {**make_evaluation()["cost"], "ms_saved": -3.0, "prompt_tokens_saved": 0.0, "break_even_requests": None, "break_even_tokens": None}
+    cost = {
+        **make_evaluation()["cost"],
+        "ms_saved": -3.0,
+        "prompt_tokens_saved": 0.0,
+        "break_even_requests": None,
+        "break_even_tokens": None,
+    }
     text = squeeze(page_of(build_run(tmp_path / "run", cost=cost)).text)
     assert "Counted in time, it never pays off" in text
     assert "Counted in prompt tokens, it never pays off" in text
@@ -493,7 +673,12 @@ def test_examples_mark_what_is_partly_right_and_keep_the_order() -> None:
     found = report.examples(scores, evaluation, count=2)
     assert [example["query"] for example in found] == ["a", "b"]
     assert [arm["mark"]["text"] for arm in found[0]["arms"]] == ["✗ incorrect", "✓ correct", "partly right: 66.7 %"]
-    assert [token["level"] for token in report.examples([{**scores[0], "token_kl": [["x", 0.04], ["y", 0.05], ["z", 9]]}], evaluation)[0]["arms"][0]["tokens"]] == [0, 1, 5]
+    assert [
+        token["level"]
+        for token in report.examples([{**scores[0], "token_kl": [["x", 0.04], ["y", 0.05], ["z", 9]]}], evaluation)[0][
+            "arms"
+        ][0]["tokens"]
+    ] == [0, 1, 5]
 
 
 def test_the_report_does_not_load_torch(run: Path) -> None:

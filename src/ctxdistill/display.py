@@ -14,10 +14,9 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.padding import Padding
 from rich.progress import (
     BarColumn,
@@ -35,12 +34,14 @@ from rich.text import Text
 
 from ctxdistill.errors import CtxDistillError
 from ctxdistill.report import visible
-from ctxdistill.results import arm_label, cells, examples, finite, metric_label, result_table, verdict
+from ctxdistill.results import arm_label, examples, finite, result_table, verdict
 
 SIDE_BY_SIDE = 120
 """Columns from which two prompts stand beside each other."""
 QUIET = 10.0
 """Seconds between two lines about the same stage when nobody watches a bar."""
+TRIED = ("zero_shot", "in_context", "distilled")
+"""The arms of `try`, in their order."""
 LONGEST = 200
 """Characters of an answer in the side-by-side table; what is left out is counted."""
 
@@ -74,58 +75,56 @@ class Watcher:
     A stage's name may end in a changing remark in brackets, such as `train (loss 0.123)`.
     """
 
-    def __init__(self, first: str = "reading the rows, loading the model") -> None:
+    def __init__(self, first: str) -> None:
         self.err = console(stderr=True)
         self._first = first
+        self._log = _Log(self.err)
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._stage, self._state, self._printed = "", (0, 0), True
+        self._done: dict[str, int] = {}
+        self._name, self._state, self._printed = "", ("", 0, 0), True
         self._began = self._last = time.monotonic()
-        self._log = _Log(self.err)
 
     def __enter__(self) -> Watcher:
         logging.getLogger("ctxdistill").addHandler(self._log)
         logging.getLogger("ctxdistill").setLevel(logging.INFO)
-        if self.err.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
-                console=self.err, redirect_stdout=False,
-            )  # fmt: skip
-            self._bar.start()
-            self._tasks[""] = self._bar.add_task(self._first, total=None)
-        else:
+        if not self.err.is_terminal:
             self.err.print(self._first)
+            return self
+        columns = BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
+        text = TextColumn("{task.description}", markup=False)
+        self._bar = Progress(text, *columns, console=self.err, redirect_stdout=False)
+        self._bar.start()
+        self._tasks[""] = self._bar.add_task(self._first, total=None)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *failure: object) -> None:
         logging.getLogger("ctxdistill").removeHandler(self._log)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal to others. May be called twice."""
+        self._line()
         if self._bar:
             self._forget_first()
             self._bar.stop()
-        else:
-            self._line()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        name = stage.partition(" (")[0]
+        again = done < self._done.get(name, 0)  # the same stage, on other rows
+        self._done[name] = done
         if self._bar:
-            self._show(stage, done, total)
+            self._forget_first()
+            if again or name not in self._tasks:
+                self._tasks[name] = self._bar.add_task(stage, total=total)
+            self._bar.update(self._tasks[name], description=visible(stage), completed=done, total=total)
             return
-        if (name := stage.partition(" (")[0]) != self._stage.partition(" (")[0] or done < self._state[0]:
+        if again or name != self._name:
             self._line()  # a stage that ended early, too, has its last line
-            self._began = self._last = time.monotonic()
-        del name
-        self._stage, self._state, self._printed = stage, (done, total), False
+            self._name, self._began, self._last = name, time.monotonic(), time.monotonic()
+        self._state, self._printed = (stage, done, total), False
         if done >= total or time.monotonic() - self._last >= QUIET:
             self._line()
-
-    def _show(self, stage: str, done: int, total: int) -> None:
-        assert self._bar is not None
-        self._forget_first()
-        name = stage.partition(" (")[0]
-        if name in self._tasks and done < self._bar.tasks[-1].completed:
-            del self._tasks[name]  # the same stage on other rows
-        if name not in self._tasks:
-            self._tasks[name] = self._bar.add_task(stage, total=total)
-        self._bar.update(self._tasks[name], description=visible(stage), completed=done, total=total)
 
     def _forget_first(self) -> None:
         if self._bar and "" in self._tasks:
@@ -134,10 +133,11 @@ class Watcher:
     def _line(self) -> None:
         if self._printed:
             return
-        (done, total), seconds = self._state, time.monotonic() - self._began
-        rate = f", {done / seconds:.1f}/s" if seconds >= 1 else ""
-        left = f", {seconds / done * (total - done):.0f} s left" if 0 < done < total and seconds >= 1 else ""
-        self.err.print(plain(f"{self._stage}: {done}/{total} in {seconds:.0f} s{rate}{left}"), soft_wrap=True)
+        (stage, done, total), seconds = self._state, time.monotonic() - self._began
+        text = f"{stage}: {done}/{total} in {seconds:.0f} s"
+        text += f", {done / seconds:.1f}/s" if seconds >= 1 else ""
+        text += f", {duration(seconds / done * (total - done))} left" if 0 < done < total and seconds >= 1 else ""
+        self.err.print(plain(text), soft_wrap=True)
         self._printed, self._last = True, time.monotonic()
 
 
@@ -171,13 +171,15 @@ def error_dict(found: CtxDistillError) -> dict[str, Any]:
 
 def gate(out: Console, found: Mapping[str, Any]) -> None:
     """The gate's verdict, its reasons and what the rest would take."""
-    out.print(Text.assemble("gate: ", (found["verdict"], "bold green" if found["verdict"] == "teach" else "bold yellow")))
+    style = "bold green" if found["verdict"] == "teach" else "bold yellow"
+    out.print(Text.assemble("gate: ", (found["verdict"], style)))
     for reason in found.get("reasons") or []:
         _item(out, reason)
     query, expected = found.get("query_tokens") or {}, found.get("estimate") or {}
     if query:
-        sizes = f"the context takes {found['context_tokens']:,} tokens, a query {query['mean']:.0f} (longest {query['max']:,})"
-        _item(out, f"{sizes}; the model's window is {found['window'] or 'not known'}{'' if found['window'] is None else ' tokens'}")
+        longest = f"a query {query['mean']:.0f} (longest {query['max']:,})"
+        window = f"{found['window']:,} tokens" if found.get("window") else "not known"
+        _item(out, f"the context takes {found['context_tokens']:,} tokens, {longest}; the model's window: {window}")
     if finite(expected.get("seconds")):
         text = f"estimated: {duration(expected['seconds'])} to distil"
         text += f", {expected['memory_mb']:,.0f} MB" if finite(expected.get("memory_mb")) else ""
@@ -190,8 +192,8 @@ def results(out: Console, path: Path, evaluation: Mapping[str, Any], scores: Seq
         gate(out, evaluation["gate"])
     out.print()
     out.print(_table(evaluation))
-    intervals = "in brackets: 95 % intervals over the held-out rows"
-    out.print(plain(f"{evaluation.get('rows', 0)} held-out rows, {evaluation.get('answers', 0)} with a reference answer; {intervals}", "dim"))
+    rows, answers = evaluation.get("rows", 0), evaluation.get("answers", 0)
+    out.print(plain(f"{rows} held-out rows, {answers} with a reference answer; in brackets: 95 % intervals", "dim"))
     if shown := examples(scores, evaluation, 5):
         out.print()
         _side_by_side(out, shown, evaluation["arms"])
@@ -206,7 +208,7 @@ def results(out: Console, path: Path, evaluation: Mapping[str, Any], scores: Seq
 
 
 def _item(out: Console, text: str) -> None:
-    out.print(Padding(plain(f"- {text}"), (0, 0, 0, 2)))
+    out.print(Padding(plain(f"- {text}"), (0, 0, 0, 2), expand=False))
 
 
 def _table(evaluation: Mapping[str, Any]) -> Table:
@@ -233,7 +235,7 @@ def _side_by_side(out: Console, shown: Iterable[Mapping[str, Any]], arms: Sequen
         for label, text, mark in lines:
             style = "green" if mark.startswith("✓") else "red" if mark.startswith("✗") else ""
             grid.add_row(plain(label), plain(_clip(text)), plain(mark, style))
-        out.print(Padding(grid, (0, 0, 0, 2)))
+        out.print(Padding(grid, (0, 0, 0, 2), expand=False))
 
 
 def _clip(text: str | None) -> str:
@@ -246,7 +248,8 @@ def pays_off(cost: Mapping[str, Any]) -> list[str]:
     lines = []
     if finite(saved := cost.get("prompt_tokens_saved")):
         total = (cost.get("seconds") or {}).get("total")
-        lines.append(f"every request is {saved:,.0f} prompt tokens shorter" + (f"; distilling took {duration(total)}" if finite(total) else ""))
+        spent = f"; distilling took {duration(total)}" if finite(total) else ""
+        lines.append(f"every request is {saved:,.0f} prompt tokens shorter{spent}")
     money = cost.get("break_even_money") or {}
     ways = [("time on this machine", cost.get("break_even_requests")), ("prompt tokens", cost.get("break_even_tokens"))]
     for way, requests in ways + ([("money", money.get("requests"))] if money else []):
@@ -315,21 +318,19 @@ class Answers:
     def add(self, arm: str, piece: str) -> None:
         """The next piece of an arm's answer."""
         if arm != self.arm:
-            self.end()
+            if self.arm:
+                self.out.print()
             self.out.print(Rule(plain(arm_label(arm)), align="left"))
             self.arm = arm
         self.out.print(plain(piece), end="", soft_wrap=True)
         self.out.file.flush()
 
-    def end(self) -> None:
-        """Close the last line."""
-        if self.arm:
-            self.out.print()
+    def end(self, answers: Mapping[str, str]) -> None:
+        """After the last piece; names the arms that answered nothing."""
+        for arm, answer in answers.items():
+            if not answer:
+                self.add(arm, "(an empty answer)")
+        self.out.print()
 
 
-def group(*parts: RenderableType) -> Group:
-    """Several things, one below the other."""
-    return Group(*parts)
-
-
-__all__ = ["Answers", "Watcher", "cells", "console", "error", "error_dict", "gate", "metric_label", "plain", "results", "row"]
+__all__ = ["Answers", "Watcher", "console", "error", "error_dict", "gate", "plain", "results", "row", "visible"]

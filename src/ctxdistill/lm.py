@@ -277,7 +277,6 @@ class LM:
             target_modules=targets,
             task_type="CAUSAL_LM",
             fan_in_fan_out=conv,
-            base_model_name_or_path=self.info["name"],
             revision=self.info["revision"],
         )
         try:

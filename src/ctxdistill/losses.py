@@ -103,8 +103,8 @@ def topk_divergence(
     """
     if temperature != 1:
         raise ValueError(
-            f"top-k targets work at temperature 1 only, found {temperature}: the tail is one number, and cannot be softened "
-            "without its single tokens; use targets.kind = 'hidden' or 'full'"
+            f"top-k targets work at temperature 1 only, found {temperature}: the tail is one number, and cannot be "
+            "softened without its single tokens; use targets.kind = 'hidden' or 'full'"
         )
     log_q = _log_softmax(student_logits, 1.0)  # [P, V]
     log_p = _at_least_fp32(teacher_topk_logprobs)  # [P, K]
@@ -119,7 +119,8 @@ def topk_divergence(
     resolution = math.log(2 * torch.finfo(torch.float32).eps)
     unknown = log_q_tail.detach().clamp(max=resolution)
     log_p_tail = torch.where(log_p_tail < resolution, unknown, log_p_tail)
-    teacher, student = torch.cat([log_p, log_p_tail[:, None]], -1), torch.cat([kept, log_q_tail[:, None]], -1)  # [P, K + 1]
+    teacher = torch.cat([log_p, log_p_tail[:, None]], -1)  # [P, K + 1]
+    student = torch.cat([kept, log_q_tail[:, None]], -1)  # [P, K + 1]
     return LOSSES[kind].function(teacher, student)
 
 
@@ -166,7 +167,7 @@ class _Chunked(torch.autograd.Function):
             with torch.enable_grad():
                 part = hidden[where].detach().requires_grad_()  # [p, d]
                 value = fn(part, where)  # [p]
-            (gradient[where],) = torch.autograd.grad(value.sum(), part)
+                (gradient[where],) = torch.autograd.grad(value.sum(), part)
             values.append(value.detach())
             del value
         ctx.save_for_backward(gradient)

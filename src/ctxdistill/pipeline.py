@@ -188,7 +188,7 @@ def demo(out: str | Path | None = None, *, small: bool = False, progress: Progre
     if small:
         overrides += ["queries.limit=64", "eval.limit=24", "train.epochs=2", "eval.latency_rows=2"]
     recipe = Recipe.load(Path(__file__).parent / "demo" / "recipe.toml", overrides)
-    return distill(recipe, out or Path("runs/demo"), progress=progress)
+    return distill(recipe, out or Path("runs/demo"), resume=True, progress=progress)
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
@@ -199,12 +199,6 @@ def prepare(recipe: Recipe) -> tuple[LM, Prompter, Data]:
     prompter = Prompter(recipe, load_tokenizer(recipe.model, recipe.base_dir))
     splits, counts = read_rows(recipe, prompter)
     pairs = {split: [prompter.pair(row, section) for row in found] for split, (found, section) in splits.items()}
-    if recipe.completions.source == "data" and (bare := [p for p in (*pairs["train"], *pairs["validation"]) if p.answer is None]):
-        raise DataError(
-            f'completions.source = "data" needs an answer in every query row; {len(bare)} have none',
-            found=bare[0].origin,
-            fix=f'add the column {recipe.queries.answer!r}, or set completions.source = "teacher"',
-        )
     lm = LM.load(recipe.model, recipe.base_dir)
     room = {"teacher": recipe.completions.max_new_tokens}
     room["label"] = max(map(len, prompter.labels.values()), default=0)
@@ -221,7 +215,7 @@ def prepare(recipe: Recipe) -> tuple[LM, Prompter, Data]:
 
 def read_rows(recipe: Recipe, prompter: Prompter) -> tuple[dict[str, tuple[list[Row], DataSection]], dict[str, Any]]:
     """Rows by split, checked: no duplicates, no overlap between demonstrations, queries and evaluation, no context in a query."""
-    found = data.read(recipe.queries, recipe, "queries")
+    found = data.read(recipe.queries, recipe, "queries", answers="required" if recipe.completions.source == "data" else "optional")
     left_out, dropped = found.left_out, 0
     queries, n = unique(found.rows, recipe.queries, prompter)
     dropped += n

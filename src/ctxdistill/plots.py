@@ -152,7 +152,7 @@ def _short(value: float, _position: int | None = None) -> str:
         if abs(value) >= limit:
             return f"{value / limit:g}{letter}"
     if 0 < abs(value) < 1e-2:
-        return re.sub(r"e-0?", "e-", f"{value:.3g}")
+        return re.sub(r"\.0e|e", lambda m: "e", f"{value:.1e}").replace("e-0", "e-")
     return f"{value:.4g}"
 
 

@@ -21,18 +21,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ctxdistill.errors import RecipeError, several
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+AboveZero = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+AtLeastZero = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
 class ModelSection(Section):
     """The one model that is teacher (adapter off, context in its prompt) and student (adapter on, no context)."""
 
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     """Hub id, local folder, or path of a `.gguf` file (converted once to safetensors in the cache folder)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit). Unset: the hub's default branch."""
@@ -50,7 +52,7 @@ class DataSection(Section):
     """Where rows come from and how their columns are called. Columns are named, never guessed."""
 
     data: str | None = None
-    """A `.jsonl`, `.csv`, `.tsv` or `.parquet` file (relative to the recipe), or `hub:owner/name`."""
+    """A `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file (relative to the recipe), or `hub:owner/name`."""
     config: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
@@ -131,7 +133,7 @@ class CompletionsSection(Section):
 
     source: Literal["teacher", "data", "label"] = "teacher"
     """`teacher`: written by the teacher; `data`: the rows' answers; `label`: the label word that the teacher prefers."""
-    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    temperature: AtLeastZero = 0.0
     """Sampling temperature of the teacher; 0 is greedy."""
     samples: Positive = 1
     """Completions per query (more than one needs a temperature above 0)."""
@@ -160,11 +162,11 @@ class LoraSection(Section):
 
     rank: Positive = 16
     """Rank of the update. vLLM serves up to 16 without a flag."""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: AboveZero = 32.0
     """Scale: the update is multiplied by alpha / rank."""
-    dropout: Fraction = 0.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout on the adapter's input."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Modules to adapt: all linear layers of the blocks, or names such as `["q_proj", "v_proj"]`. Never head or embeddings."""
 
 
@@ -173,21 +175,21 @@ class TrainSection(Section):
 
     loss: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """`forward_kl` = KL(teacher || student), `reverse_kl` = KL(student || teacher), `jsd` = Jensen-Shannon divergence."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: AboveZero = 1.0
     """Both distributions are softened by this; the loss is multiplied by its square."""
     ce_weight: Fraction = 0.0
     """Share of plain cross-entropy on the completion tokens in the loss: (1 - w) * divergence + w * cross-entropy."""
     epochs: Positive = 4
     """Passes over the training queries."""
-    lr: Annotated[float, Field(gt=0)] = 5e-4
+    lr: AboveZero = 5e-4
     """Peak learning rate of AdamW; linear warm-up, then cosine to `min_lr` times this."""
     min_lr: Fraction = 0.1
     """Learning rate at the end, as a fraction of the peak."""
     warmup: Fraction = 0.1
     """Share of the steps with rising learning rate."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: AtLeastZero = 0.0
     """Weight decay of AdamW."""
-    clip: Annotated[float, Field(gt=0)] = 1.0
+    clip: AboveZero = 1.0
     """Largest norm of the gradient."""
     batch_size: Positive = 8
     """Rows per optimizer step."""
@@ -230,7 +232,7 @@ class GateSection(Section):
 
     on_fail: Literal["stop", "warn"] = "stop"
     """`warn` goes on all the same."""
-    min_kl: Annotated[float, Field(ge=0)] = 0.02
+    min_kl: AtLeastZero = 0.02
     """Smallest mean KL(teacher || base) in nats per token that is worth teaching."""
     min_gain: float = 0.0
     """The teacher's gain over zero-shot in the main metric must be above this, by its 95 % interval."""
@@ -239,11 +241,11 @@ class GateSection(Section):
 class CostSection(Section):
     """Prices for the break-even point. Without them it is stated in time and tokens on this machine."""
 
-    per_million_tokens: Annotated[float, Field(ge=0)] = 0.0
+    per_million_tokens: AtLeastZero = 0.0
     """What a million prompt tokens cost, in the currency of your choice."""
-    machine_hour: Annotated[float, Field(ge=0)] = 0.0
+    machine_hour: AtLeastZero = 0.0
     """What an hour of the machine that distils costs, in the same currency."""
-    requests_per_day: Annotated[float, Field(ge=0)] = 0.0
+    requests_per_day: AtLeastZero = 0.0
     """Expected traffic; gives the break-even point in days."""
 
 
@@ -302,7 +304,7 @@ class Recipe(Section):
             raise several(
                 RecipeError,
                 "recipe",
-                [_problem(dict(e)) for e in error.errors()],
+                [line for e in error.errors() for line in _problem(dict(e)).split("\n")],
                 fix="docs/recipe.md lists all keys; `ctxdistill init` writes a recipe with comments",
             ) from None
 
@@ -346,6 +348,17 @@ class Recipe(Section):
             problems.append('completions.source = "label" needs prompt.label_words')
         if self.completions.samples > 1 and self.completions.temperature == 0:
             problems.append("completions.samples above 1 needs completions.temperature above 0; greedy samples are all the same")
+        if self.completions.samples > 1 and self.completions.source != "teacher":
+            problems.append('completions.samples above 1 needs completions.source = "teacher"')
+        if self.targets.kind == "topk" and self.train.temperature != 1:
+            problems.append(
+                'targets.kind = "topk" works at train.temperature = 1 only: the tail is one number and cannot be softened; '
+                'use targets.kind = "hidden"'
+            )
+        if c.demos_limit and c.student_demos > c.demos_limit:
+            problems.append(f"context.student_demos = {c.student_demos} is more than context.demos_limit = {c.demos_limit}")
+        if not all(word.strip() for word in p.label_words):
+            problems.append("prompt.label_words: an empty word")
         if len(set(p.label_words)) != len(p.label_words) or (p.label_words and len(p.label_words) < 2):
             problems.append(f"prompt.label_words: expected two or more different words, found {p.label_words}")
         for key, pattern, needs in (("pattern", p.pattern, None), ("answer_pattern", p.answer_pattern, "answer")):
@@ -354,8 +367,10 @@ class Recipe(Section):
             except ValueError as error:
                 problems.append(f"prompt.{key}: {error}; write {{{{ and }}}} for literal braces")
                 continue
-            if needs and needs not in names:
-                problems.append(f"prompt.{key} must contain {{{needs}}}, found {pattern!r}")
+            if needs and names != {needs}:
+                problems.append(f"prompt.{key} must have {{{needs}}} as its one field, found {pattern!r}")
+            if not names:
+                problems.append(f"prompt.{key} has no field, so that all rows would be the same; found {pattern!r}")
         if self.eval.format is not None:
             try:
                 re.compile(self.eval.format)
@@ -389,8 +404,8 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
         if not equals or not re.fullmatch(r"[\w.]+", key):
             raise RecipeError(f"cannot read the override {override!r}", expected="section.key=value", fix="for example: train.lr=1e-4")
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+            (value,) = tomllib.loads(f"value = {text}").values()  # one value; a second line would be another key
+        except ValueError:
             value = text
         *sections, last = key.split(".")
         table = raw
@@ -431,5 +446,5 @@ def _problem(error: dict[str, Any]) -> str:
         return f"{where}: missing, and there is no default"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
-        return message.replace("\n", "\n  - ")
+        return message
     return f"{where}: {message[0].lower()}{message[1:]}, found {json.dumps(error['input'], default=str)[:80]}"

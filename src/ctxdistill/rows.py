@@ -1,8 +1,8 @@
 """Contexts, queries and answers become rows with stable ids.
 
-In: local files or hub data sets, and the recipe that names their columns. Out: `Row`s in file order. Invariants: columns
-are named and never guessed; nothing is repaired or skipped in silence, and all that is wrong with a file is reported at
-once, with file and line; a row's id depends on its content alone.
+In: local files or hub data sets, and the recipe that names their columns. Out: `Row`s in file order. Invariants:
+columns are named and never guessed; nothing is repaired or skipped in silence, and all that is wrong with a file is
+reported at once, with file and line; a row's id depends on its content alone.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ class Row:
     """All columns."""
     origin: str
     """Where it comes from, such as `queries.jsonl:12`."""
+
+
+_Repeat = tuple[Row, Row, str]
+"""(row, the earlier row with the same query, the query)."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ def read(
         raise DataError(f"{what}: {source} is empty", expected="at least one row", found="none")
     problems += _check(records, _columns(section, recipe, what, answers), recipe.prompt.label_words)
     if problems:
-        raise several(DataError, f"{what}: {source}", problems, fix="mend these lines, or name other columns in the recipe")
+        fix = "mend these lines, or name other columns in the recipe"
+        raise several(DataError, f"{what}: {source}", problems, fix=fix)
     return Rows([Row(_id(fields), fields, origin) for origin, fields in records], total - len(records), source)
 
 
@@ -117,13 +122,13 @@ def check_overlap(groups: Mapping[str, Sequence[tuple[Row, str]]]) -> None:
     Args:
         groups: name (`demos`, `train queries`, `eval`) -> rows with their query texts.
     """
-    firsts = {name: _firsts(group) for name, group in groups.items()}
+    firsts: dict[str, dict[str, Row]] = {}
     problems = []
     for name, group in groups.items():
-        pairs = [(row, firsts[name][query_key(text)], text) for row, text in group]
-        twice = [(row, first, text) for row, first, text in pairs if row is not first]
+        firsts[name], twice = _firsts(group)
         if twice:
-            problems.append(f"{name}: {_count(len(twice), 'row')} with a query that occurred before: {_examples(twice)}")
+            count = _count(len(twice), "row")
+            problems.append(f"{name}: {count} with a query that occurred before: {_examples(twice)}")
     for a, b in itertools.combinations(groups, 2):
         shared = [(row, firsts[a][key], text) for row, text in groups[b] if (key := query_key(text)) in firsts[a]]
         if shared:
@@ -135,15 +140,15 @@ def check_overlap(groups: Mapping[str, Sequence[tuple[Row, str]]]) -> None:
 
 def drop_duplicates(rows: Sequence[Row], key: Callable[[Row], str]) -> tuple[list[Row], int]:
     """The rows without those whose query already occurred, and how many these were. `key` gives a row's query text."""
-    kept = list(_firsts([(row, key(row)) for row in rows]).values())
-    return kept, len(rows) - len(kept)
+    firsts, repeated = _firsts([(row, key(row)) for row in rows])
+    return list(firsts.values()), len(repeated)
 
 
 def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """(kept, held out), both in their order: `share` of the rows is held out, chosen by hash of seed and id.
 
-    The choice depends on content and not on position, and changes little when rows are added. Rows with the same id stay
-    together. With a share above 0 and at least two different rows, neither side is empty.
+    The choice depends on content and not on position, and changes little when rows are added. Rows with the same id
+    stay together. With a share above 0 and at least two different rows, neither side is empty.
     """
     ids = sorted({row.id for row in rows}, key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
     count = min(max(1, round(share * len(ids))), len(ids) - 1) if share > 0 and ids else 0
@@ -172,9 +177,10 @@ def read_messages(name: str, recipe: Recipe, what: str) -> list[dict[str, Any]]:
     """A message history from a `.json` list or a `.jsonl` file. Raises `DataError` that lists all that is wrong."""
     path, problems = recipe.path(name), list[str]()
     _must_be_file(path, what)
-    if path.suffix.lower() not in {".json", ".jsonl"}:
-        raise DataError(f"{what}: cannot read {path}", expected="a .json or .jsonl file", found=path.suffix or "no suffix")
-    records, _ = READERS[path.suffix.lower()](path, 0, problems)
+    suffix = path.suffix.lower()
+    if suffix not in {".json", ".jsonl"}:
+        raise DataError(f"{what}: cannot read {path}", expected="a .json or .jsonl file", found=suffix or "no suffix")
+    records, _ = READERS[suffix](path, 0, problems)
     problems += [f"{origin}: {problem}" for origin, fields in records for problem in _message_problems(fields)]
     if problems:
         fix = 'each message is {"role": "user", "content": "..."}'
@@ -195,7 +201,7 @@ def _read_jsonl(path: Path, most: int, problems: list[str]) -> tuple[list[Record
             continue
         total += 1
         origin = f"{path.name}:{number}"
-        fields = _json(line, origin, problems)
+        fields = _json(line.rstrip("\r\n"), origin, problems)
         if isinstance(fields, dict):
             if not most or len(records) < most:
                 records.append((origin, fields))
@@ -216,10 +222,13 @@ def _read_json(path: Path, most: int, problems: list[str]) -> tuple[list[Record]
     if not isinstance(items, list):
         problems.append(f"{path.name}: expected a list of objects [{{...}}, ...], found {_short(items)}")
         return [], 0
-    records = [(f"{path.name}:item {number}", item) for number, item in enumerate(items, 1)]
-    wrong = [f"{origin}: expected an object {{...}}, found {_short(item)}" for origin, item in records if not isinstance(item, dict)]
-    problems += wrong
-    return [] if wrong else records[: most or None], len(records)
+    records = []
+    for number, item in enumerate(items, 1):
+        if isinstance(item, dict):
+            records.append((f"{path.name}:item {number}", item))
+        else:
+            problems.append(f"{path.name}:item {number}: expected an object {{...}}, found {_short(item)}")
+    return records[: most or None], len(items)
 
 
 def _read_csv(path: Path, most: int, problems: list[str], dialect: str = "excel") -> tuple[list[Record], int]:
@@ -253,18 +262,20 @@ def _csv_records(reader: Any, name: str, most: int, problems: list[str]) -> tupl
         if header is None:
             header = cells
             if len(set(header)) != len(header) or not all(column.strip() for column in header):
-                problems.append(f"{name}:{start}: expected column names that are different and not empty, found {header}")
+                problems.append(f"{name}:{start}: column names must be different and not empty, found {header}")
             continue
         total += 1
         if len(cells) != len(header):
-            problems.append(f"{name}:{start}: expected {_count(len(header), 'field')} as in the header, found {len(cells)}")
+            expected = _count(len(header), "field")
+            problems.append(f"{name}:{start}: expected {expected} as in the header, found {len(cells)}")
         elif not most or len(records) < most:
-            records.append((f"{name}:{start}", dict(zip(header, cells, strict=True))))
+            # An empty cell is a missing value: the format knows no other way to leave one out.
+            records.append((f"{name}:{start}", {k: cell or None for k, cell in zip(header, cells, strict=True)}))
 
 
 def _read_parquet(path: Path, most: int, problems: list[str]) -> tuple[list[Record], int]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     records: list[Record] = []
     try:
@@ -272,7 +283,8 @@ def _read_parquet(path: Path, most: int, problems: list[str]) -> tuple[list[Reco
             total = int(file.metadata.num_rows)
             wanted = min(most or total, total)
             for batch in file.iter_batches(batch_size=1024):
-                records += [(f"{path.name}:{len(records) + i}", fields) for i, fields in enumerate(batch.to_pylist(), 1)]
+                start = len(records) + 1
+                records += [(f"{path.name}:{i}", fields) for i, fields in enumerate(batch.to_pylist(), start)]
                 if len(records) >= wanted:
                     break
     except (pa.ArrowException, OSError) as error:
@@ -342,7 +354,7 @@ def _bounded(path: Path, most: int, what: str) -> bytes:
     with _open(path, what) as file:
         raw: bytes = file.read(most + 1)
     if len(raw) > most:
-        raise DataError(f"{what}: {path} is too large", expected=f"at most {most // 1_000_000} MB", fix="split it, or use .jsonl")
+        raise DataError(f"{what}: {path} is too large", expected=f"at most {most // 1_000_000} MB", fix="split it")
     return raw
 
 
@@ -388,7 +400,7 @@ def _json(text: str, origin: str, problems: list[str]) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if "\n" in text.rstrip("\n") else ""
+        line = f", line {error.lineno}" if "\n" in text else ""
         problems.append(f"{origin}: not valid JSON{line}, column {error.colno}: {error.msg}")
     except (ValueError, RecursionError) as error:
         problems.append(f"{origin}: not valid JSON: {error}")
@@ -453,7 +465,8 @@ def _problem(value: Any, column: _Column, labels: Sequence[str]) -> str:
     if column.kind == "answer" and not column.required and value is None:
         return ""
     kinds: tuple[type, ...] = (str, int, float) if column.kind in {"value", "answer"} else (str,)
-    if not isinstance(value, kinds) or isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+    strange = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
+    if strange or not isinstance(value, kinds):
         return f"expected a text{' or a number' if len(kinds) > 1 else ''}, found {_short(value)}"
     text = str(value)
     if not text.strip():
@@ -487,15 +500,20 @@ def _id(fields: Fields) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def _firsts(group: Sequence[tuple[Row, str]]) -> dict[str, Row]:
-    """Query key -> the first row that has it."""
+def _firsts(group: Sequence[tuple[Row, str]]) -> tuple[dict[str, Row], list[_Repeat]]:
+    """(query key -> the first row that has it, the rows after it)."""
     firsts: dict[str, Row] = {}
+    repeats = []
     for row, text in group:
-        firsts.setdefault(query_key(text), row)
-    return firsts
+        key = query_key(text)
+        if key in firsts:
+            repeats.append((row, firsts[key], text))
+        else:
+            firsts[key] = row
+    return firsts, repeats
 
 
-def _examples(pairs: Sequence[tuple[Row, Row, str]]) -> str:
+def _examples(pairs: Sequence[_Repeat]) -> str:
     shown = [f"{row.origin} = {first.origin} ({_short(text, 40)})" for row, first, text in pairs[:3]]
     return "; ".join(shown) + ("; ..." if len(pairs) > 3 else "")
 

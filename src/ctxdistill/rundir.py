@@ -148,6 +148,7 @@ class RunDir:
     def append(self, name: str, value: Any) -> None:
         """Add one line to a JSON-lines file."""
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             with open(self / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(value, ensure_ascii=False) + "\n")
         except OSError as error:

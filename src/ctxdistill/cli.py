@@ -1,0 +1,326 @@
+"""The command line: words in, an exit code out. It can do nothing that the Python API cannot.
+
+Exit codes: 0; 2 for what the user can fix (`CtxDistillError`, wrong usage); 1 for a bug, with its traceback; 130 after
+Ctrl-C. Invariants: with `--json` exactly one JSON object goes to stdout, errors included, and all else to stderr; torch
+is imported by the commands that need it, never by this module, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ctxdistill import __version__, display
+from ctxdistill.errors import CtxDistillError, RunError
+from ctxdistill.rundir import RunDir, write_atomic
+
+app = typer.Typer(
+    name="ctxdistill",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a .toml file.", show_default=False)]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Values in place of the recipe's: train.lr=1e-4.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and progress on stderr.")]
+LOADING = "reading the rows, loading the model"
+Kind = Literal["system", "few-shot", "document"]
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with what to do to go on."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Turn a context (examples, a system prompt, documents) into a LoRA adapter, and measure how faithful it is.
+
+    Start with: ctxdistill demo
+    """
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Run folder. Unset: runs/demo.", show_default=False)] = None,
+    small: Annotated[bool, typer.Option("--small", help="A fraction of the work, in runs/demo-small.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Distil the built-in example: free-text reminders become one line.
+
+    Takes a few minutes on two CPU cores, and ends with the results and where the adapter and the report are.
+
+    Example: ctxdistill demo --out runs/first
+    """
+    folder = out or Path("runs") / ("demo-small" if small else "demo")
+    again = shlex.join(["ctxdistill", "demo", *(["--small"] if small else []), *(["--out", str(out)] if out else [])])
+    with _work(as_json, f"stopped; go on with: {again}") as watcher:
+        from ctxdistill import pipeline
+
+        run = pipeline.demo(folder, small=small, progress=watcher)
+    _finish(run.path, run.evaluation, as_json)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="[PATH]", help="A new file, or a folder.")] = Path("recipe.toml"),
+    kind: Annotated[Kind, typer.Option(help="The context: system, few-shot or document.")] = "few-shot",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a recipe with comments, to start from.
+
+    Example: ctxdistill init support.toml --kind system
+    """
+    path = path / "recipe.toml" if path.is_dir() else path
+    if path.exists() and not force:
+        raise RunError(f"{path} is there already", fix="choose another name, or replace it with --force")
+    text = resources.files("ctxdistill").joinpath("recipes", f"{kind}.toml").read_text(encoding="utf-8")
+    write_atomic(path, text)
+    name = shlex.quote(str(path))
+    steps = [
+        f"edit {name}: the model, the context, the files with queries (its comments say what they look like)",
+        f"look at the prompts:        ctxdistill show {name}",
+        f"is there anything to teach? ctxdistill gate {name}",
+        f"distil:                     ctxdistill distill {name}",
+    ]
+    if as_json:
+        _json({"recipe": str(path), "kind": kind, "next": steps})
+        return
+    out = display.console()
+    out.print(display.plain(f"wrote {path}; next:"), soft_wrap=True)
+    for number, step in enumerate(steps, 1):
+        out.print(display.plain(f"  {number}. {step}"), soft_wrap=True)
+
+
+@app.command()
+def gate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Is there anything to teach? Measure the model with and without the context; train nothing.
+
+    Example: ctxdistill gate support.toml eval.limit=40
+    """
+    from ctxdistill.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    with _work(as_json) as watcher:
+        from ctxdistill import pipeline
+
+        found = pipeline.gate(loaded, progress=watcher)
+    _json(found) if as_json else display.gate(display.console(), found)
+
+
+@app.command()
+def show(
+    source: Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe or a run folder.", show_default=False)],
+    overrides: Overrides = None,
+    row: Annotated[int, typer.Option(help="Which row, from 0: training, validation, evaluation.", min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Print a row as teacher and student see it, and the tokens on which they shall agree.
+
+    Special tokens are visible; what the chat template adds by itself is marked.
+
+    Example: ctxdistill show support.toml --row 3
+    """
+    if source.is_dir():
+        if overrides:
+            raise RunError("a run's values are fixed", found=" ".join(overrides), fix="show the recipe instead")
+        found = _stored_row(source, row)
+    else:
+        from ctxdistill.recipe import Recipe
+
+        loaded = Recipe.load(source, overrides or ())
+        with _work(as_json, first="loading the tokenizer"):
+            from ctxdistill import pipeline
+
+            found = pipeline.show(loaded, row)
+    _json(found) if as_json else display.row(display.console(), found)
+
+
+@app.command()
+def distill(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Unset: runs/NAME.", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in this folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Distil the recipe's context into a LoRA adapter, and measure and report what came out.
+
+    The gate runs first and stops when there is nothing to teach, unless gate.on_fail=warn.
+
+    Example: ctxdistill distill support.toml train.epochs=2 --out runs/support
+    """
+    from ctxdistill.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    folder = out or Path("runs") / (loaded.name or "run")
+    again = shlex.join(["ctxdistill", "distill", str(recipe), *(overrides or ()), "--out", str(folder), "--resume"])
+    with _work(as_json, f"stopped; go on with: {again}") as watcher:
+        from ctxdistill import pipeline
+
+        run = pipeline.distill(loaded, folder, resume=resume, progress=watcher)
+    _finish(run.path, run.evaluation, as_json)
+
+
+@app.command()
+def evaluate(run: RunArgument, as_json: Json = False) -> None:
+    """Measure all arms of a finished run again, and renew its report.
+
+    Example: ctxdistill evaluate runs/support
+    """
+    RunDir.existing(run)
+    with _work(as_json) as watcher:
+        from ctxdistill import pipeline
+
+        found = pipeline.evaluate(run, progress=watcher)
+    _finish(run, found, as_json)
+
+
+@app.command("try")
+def try_(
+    run: RunArgument,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="A query.", show_default=False)],
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer. Unset: as in the recipe.", min=1, show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a query without the context, with it, and with the adapter instead of it.
+
+    Example: ctxdistill try runs/demo "remind me to water the plants on friday at noon"
+    """
+    RunDir.existing(run)
+    with _work(as_json, first="loading the model") as watcher:
+        from ctxdistill import pipeline
+
+        shown, answers = display.Answers(display.console()), dict.fromkeys(display.TRIED, "")
+        for arm, piece in pipeline.try_text(run, text, max_new_tokens=max_new_tokens):
+            watcher.close()  # from here on the answers have the terminal
+            answers[arm] += piece
+            if not as_json:
+                shown.add(arm, piece)
+    if as_json:
+        _json({"query": text, "answers": answers})
+    else:
+        shown.end(answers)
+
+
+@app.command()
+def report(run: RunArgument, as_json: Json = False) -> None:
+    """Write report.html and report.md of a run again.
+
+    Example: ctxdistill report runs/support
+    """
+    from ctxdistill.report import write_report
+
+    page = write_report(RunDir.existing(run).path)
+    if as_json:
+        _json({"report": str(page), "text": str(page.with_suffix(".md"))})
+    else:
+        display.console().print(display.plain(f"report: {page}"), soft_wrap=True)
+
+
+# -- what the commands share ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _work(as_json: bool, stopped: str = "stopped", first: str = LOADING) -> Iterator[display.Watcher]:
+    """Something long: progress on stderr, nothing of others on stdout beside the JSON, and a word after Ctrl-C."""
+    try:
+        with contextlib.ExitStack() as stack:
+            if as_json:
+                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            yield stack.enter_context(display.Watcher(first))
+    except KeyboardInterrupt:
+        raise Interrupted(stopped) from None
+
+
+def _finish(path: Path, evaluation: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        places = {"run": path, "adapter": path / "adapter", "report": path / "report.html"}
+        _json({**{name: str(place) for name, place in places.items()}, "evaluation": evaluation})
+    else:
+        display.results(display.console(), path, evaluation, RunDir(path).read_jsonl("scores.jsonl"))
+
+
+def _stored_row(source: Path, row: int) -> dict[str, Any]:
+    """A row of a run as the run keeps it; needs no model."""
+    rows = RunDir.existing(source).read_jsonl("prompts.jsonl")
+    if not rows:
+        raise RunError(f"{source} holds no prompts yet", fix="show the recipe instead, or go on with the run: --resume")
+    if row >= len(rows):
+        raise RunError(f"{source} holds no row {row}", expected=f"0 to {len(rows) - 1}", fix="choose another --row")
+    found: dict[str, Any] = rows[row]
+    return found
+
+
+def _json(value: dict[str, Any]) -> None:
+    """The one JSON object. ASCII only, which lets no control character through; NaN, which JSON lacks, becomes null."""
+    print(json.dumps(_known(value), indent=2, default=str))
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _known(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. Prints every error, and raises none."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end a run
+    try:
+        code = typer.main.get_command(app).main(args=given, prog_name="ctxdistill", standalone_mode=False) or 0
+        found = {"kind": "Interrupted", "message": "stopped"} if code == 130 else None
+    except CtxDistillError as error:
+        code, found = 2, display.error_dict(error)
+        display.error(str(error))
+    except typer.TyperException as error:
+        code, found = error.exit_code, {"kind": "UsageError", "message": error.format_message()}
+        context = getattr(error, "ctx", None)
+        if found["message"]:  # else the help was printed
+            display.error(f"{found['message']}\n  try: {context.command_path if context else 'ctxdistill'} --help")
+    except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
+        code, found = 130, {"kind": "Interrupted", "message": str(error) or "stopped"}
+        display.console(stderr=True).print(display.plain(found["message"]), soft_wrap=True)
+    except Exception as error:
+        code, found = 1, {"kind": "Bug", "message": f"{type(error).__name__}: {error}"}
+        sys.stderr.write(display.visible(traceback.format_exc()))
+        display.error(f"this is a bug in ctxdistill {__version__}; please report it with the lines above")
+    if found and "--json" in given:
+        _json({"error": found})
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,425 @@
+"""The command line, with a stub in the pipeline's place: what goes to which stream, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import ctxdistill
+from ctxdistill import cli, display
+from ctxdistill.errors import GateError
+from ctxdistill.recipe import Recipe
+
+COMMANDS = ("demo", "init", "gate", "show", "distill", "evaluate", "try", "report")
+HOSTILE = "[red]x[/red] [/nope] \x1b[2J\x1b]0;owned\x07 \u202egnp\u202c \x9b31m {query} end"
+
+GATE = {
+    "verdict": "teach", "reasons": ["the context changes the model: KL 1.234"], "gain": None, "metric": None,
+    "kl": {"mean": 1.234, "low": 1.0, "high": 1.5}, "context_tokens": 321, "query_tokens": {"mean": 12.5, "max": 20},
+    "window": 8192, "fits": True, "estimate": {"seconds": 90.0, "memory_mb": 700.0, "cost": None},
+}  # fmt: skip
+ARM = {
+    "exact_match": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 10},
+    "kl": {"mean": 1.0, "low": 0.9, "high": 1.1, "n": 10},
+}
+EVALUATION: dict[str, Any] = {
+    "arms": ["zero_shot", "in_context", "distilled"], "rows": 10, "answers": 10, "main_metric": "exact_match",
+    "table": {arm: {**ARM, "prompt_tokens": {"mean": tokens, "low": tokens, "high": tokens, "n": 10}}
+              for arm, tokens in (("zero_shot", 20.0), ("in_context", 341.0), ("distilled", 20.0))},
+    "kl_closed": {"mean": 0.97, "low": 0.96, "high": 0.98},
+    "gap_closed": {"mean": float("nan"), "low": 0.0, "high": 1.0},
+    "comparisons": [], "constant": None, "gate": GATE, "notes": ["a note"],
+    "cost": {"seconds": {"total": 200.0}, "prompt_tokens_saved": 321.0, "ms_saved": 50.0, "break_even_requests": 4321,
+             "break_even_money": None, "training_tokens": 1000, "break_even_tokens": 99},
+}  # fmt: skip
+ROW = {
+    "id": "r1", "split": "train",
+    "teacher": [{"text": "<|system|>", "kind": "template"}, {"text": "Shout.", "kind": "context"},
+                {"text": "say ant", "kind": "query"}],
+    "student": [{"text": "<|system|>be kind", "kind": "template"}, {"text": "say ant", "kind": "query"}],
+    "completion": [["AN", 5], ["T\n", 6], ["</s>", 1]], "teacher_tokens": 14, "student_tokens": 9,
+}  # fmt: skip
+
+
+def scores(text: str = "call mom | sunday | 6pm") -> list[dict[str, Any]]:
+    return [
+        {"arm": arm, "row": f"r{n}", "query": f"query {n}", "answer": "gold", "prediction": f"{arm} {text}",
+         "metrics": {"exact_match": 1.0}, "kl": 0.1, "tokens": 3, "top1": 1.0}
+        for n in range(7) for arm in EVALUATION["arms"]
+    ]  # fmt: skip
+
+
+def write_run(folder: Path, text: str = "fine") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.json").write_text("{}")
+    for name, lines in (("scores.jsonl", scores(text)), ("prompts.jsonl", [ROW, {**ROW, "id": "r2"}])):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.SimpleNamespace:
+    """Stands in for `ctxdistill.pipeline`, in a folder with a recipe and a run."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "my.toml"]) == 0
+    write_run(tmp_path / "run")
+
+    def work(*given: Any, progress: Callable[[str, int, int], None], **options: Any) -> Any:
+        stub.calls.append((given, options))
+        print("a library that prints")
+        for done in range(1, 4):
+            progress(f"train (loss {done})", done, 3)
+        return types.SimpleNamespace(path=tmp_path / "run", evaluation=EVALUATION)
+
+    def pieces(run: Path, text: str, max_new_tokens: int | None = None) -> Iterator[tuple[str, str]]:
+        yield from [("zero_shot", "Sorry, "), ("zero_shot", HOSTILE), ("in_context", "yes")]
+
+    stub = types.SimpleNamespace(
+        calls=[], demo=work, distill=work, show=lambda recipe, row: ROW, try_text=pieces,
+        gate=lambda recipe, progress: (work(progress=progress), GATE)[1],
+        evaluate=lambda run, progress: (work(progress=progress), EVALUATION)[1],
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ctxdistill.pipeline", stub)  # type: ignore[arg-type]
+    monkeypatch.setattr(ctxdistill, "pipeline", stub, raising=False)
+    return stub
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+# -- streams and exit codes ------------------------------------------------------------------------------------------
+
+LINES = {
+    "demo": ["demo"], "init": ["init", "new.toml"], "gate": ["gate", "my.toml"], "show": ["show", "my.toml"],
+    "show a run": ["show", "run"], "distill": ["distill", "my.toml", "train.lr=1e-4"], "evaluate": ["evaluate", "run"],
+    "try": ["try", "run", "hello"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_json_is_one_object_and_nothing_else(
+    line: list[str], pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    assert cli.main([*line, "--json"]) == 0
+    captured = capfd.readouterr()
+    found = json.loads(captured.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert isinstance(found, dict)
+    assert captured.out.isascii()
+    assert "\x1b" not in captured.out
+    if pipeline.calls:
+        assert "train (loss 3): 3/3" in captured.err
+        assert "a library that prints" in captured.err
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_text_output(line: list[str], pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(line) == 0
+    captured = capfd.readouterr()
+    assert captured.out.strip()
+    assert "Traceback" not in captured.err
+
+
+def test_a_result_says_everything(pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["distill", "my.toml", "train.lr=1e-4", "--out", "x", "--resume"]) == 0
+    (recipe, folder), options = pipeline.calls[0]
+    assert (recipe.train.lr, folder, options) == (1e-4, Path("x"), {"resume": True})
+    out = capfd.readouterr().out
+    for text in (
+        "gate: teach", "exact match %", "50.0 [40.0, 60.0]", "zero-shot", "in-context", "distilled", "97.0", "query 4",
+        "gold", "run/adapter", "run/report.html", "4,321 requests", "99 requests", "321 prompt tokens shorter",
+        "a note",
+    ):  # fmt: skip
+        assert text in out
+    assert "query 5" not in out  # five rows, no more
+
+
+@pytest.mark.parametrize("arguments", [["demo"], ["demo", "--small"]])
+def test_demo_folders(arguments: list[str], pipeline: types.SimpleNamespace) -> None:
+    assert cli.main(arguments) == 0
+    small = "--small" in arguments
+    assert pipeline.calls == [((Path("runs/demo-small" if small else "runs/demo"),), {"small": small})]
+
+
+def test_what_the_user_can_fix_is_2(pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
+    pipeline.distill = failing(GateError("nothing to teach", expected="a gain", found=HOSTILE, fix="warn"))
+    assert cli.main(["distill", "my.toml"]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.endswith("  fix: warn\n")
+    assert "Error: nothing to teach\n  expected: a gain\n  found: [red]x[/red]" in captured.err
+    assert "Traceback" not in captured.err
+    assert "\x1b" not in captured.err
+    assert cli.main(["distill", "my.toml", "--json"]) == 2
+    error = json.loads(capfd.readouterr().out)["error"]
+    expected = {
+        "kind": "GateError",
+        "message": "nothing to teach",
+        "expected": "a gain",
+        "found": HOSTILE,
+        "fix": "warn",
+    }
+    assert error == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["distill"], "Missing argument"),
+        (["distil", "x"], "distill"),
+        (["gate", "my.toml", "--nope"], "No such option"),
+        (["show", "my.toml", "--row", "-1"], "--row"),
+        (["gate", "missing.toml"], "no recipe at missing.toml"),
+        (["gate", "my.toml", "train.lrr=1"], "did you mean 'lr'?"),
+        (["gate", "my.toml", "lr"], "section.key=value"),
+        (["init", "my.toml"], "is there already"),
+        (["init", "x.toml", "--kind", "poem"], "poem"),
+        (["init", "my.toml/x.toml"], "cannot write"),
+        (["show", "run", "--row", "2"], "0 to 1"),
+        (["show", "run", "train.lr=1"], "a run's values are fixed"),
+        (["show", "."], "is not a run folder"),
+        (["evaluate", "missing"], "does not exist"),
+        (["try", "missing", "hello"], "does not exist"),
+        (["report", "run"], "run"),
+    ],
+)
+def test_usage_is_2(
+    line: list[str], words: str, pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    assert cli.main([*line, "--json"]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.startswith("Error: ")
+    assert words in captured.err
+    assert "Traceback" not in captured.err
+    assert json.loads(captured.out)["error"]["message"]
+
+
+def test_a_bug_is_1_with_its_traceback(pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
+    pipeline.gate = failing(ZeroDivisionError("oops"))
+    assert cli.main(["gate", "my.toml", "--json"]) == 1
+    captured = capfd.readouterr()
+    assert "Traceback" in captured.err
+    assert "ZeroDivisionError: oops" in captured.err
+    assert "please report it" in captured.err.splitlines()[-1]
+    assert json.loads(captured.out) == {"error": {"kind": "Bug", "message": "ZeroDivisionError: oops"}}
+
+
+def test_ctrl_c_is_130_and_says_how_to_go_on(
+    pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.distill = failing(KeyboardInterrupt())
+    assert cli.main(["distill", "my.toml", "name=two words"]) == 130
+    captured = capfd.readouterr()
+    again = "ctxdistill distill my.toml 'name=two words' --out 'runs/two words' --resume"
+    assert captured.err.splitlines()[-1] == f"stopped; go on with: {again}"
+    assert "Traceback" not in captured.err
+
+
+def test_version(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capfd.readouterr().out == f"{ctxdistill.__version__}\n"
+
+
+# -- help and speed --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_that_parses(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    out = capfd.readouterr().out
+    assert f"Example: ctxdistill {command}" in out
+    assert "--json" in out
+
+
+def test_the_commands_are_these() -> None:
+    assert tuple(typer.main.get_command(cli.app).commands) == COMMANDS  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("line", [["--help"], ["distill", "--help"], ["show", "run"], ["init", "new.toml"]])
+def test_no_torch_where_none_is_needed(line: list[str], tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    code = (
+        "import sys; from ctxdistill.cli import main; code = main(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib', 'scipy'} & set(sys.modules); "
+        "sys.exit(f'{code} {heavy}' if code or heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *line], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+# -- what is printed -------------------------------------------------------------------------------------------------
+
+
+def test_hostile_text_is_shown_as_itself(
+    pipeline: types.SimpleNamespace, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "run", HOSTILE)
+    row = {
+        **ROW,
+        "student": [{"text": HOSTILE, "kind": kind} for kind in ("template", "query")],
+        "completion": [[HOSTILE, 1]],
+    }
+    pipeline.show = lambda recipe, row_number: row
+    for line in (["distill", "my.toml"], ["try", "run", "hello"], ["show", "my.toml"]):
+        capfd.readouterr()
+        assert cli.main(line) == 0
+        out = capfd.readouterr().out
+        assert "[red]x[/red] [/nope] ⟨U+001B⟩[2J" in " ".join(out.split())
+        assert not set("\x1b\x07\x9b\u202e\u202c") & set(out)
+
+
+def test_show_marks_the_template_without_colour(
+    pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    assert cli.main(["show", "run", "--row", "1"]) == 0
+    out = capfd.readouterr().out
+    assert "row r2 (train)" in out
+    assert "added by the chat template: ⟦like this⟧" in out
+    assert "⟦<|system|>⟧Shout.say ant" in out
+    assert "⟦<|system|>be kind⟧say ant" in out
+    assert "⟨AN⟩ ⟨T\\n⟩ ⟨</s>⟩" in out
+
+
+def test_show_does_not_break_long_lines(pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
+    long = "word " * 2000
+    pipeline.show = lambda recipe, row: {**ROW, "teacher": [{"text": long, "kind": "context"}], "completion": None}
+    assert cli.main(["show", "my.toml"]) == 0
+    out = capfd.readouterr().out
+    assert long in out
+    assert "not made yet" in out
+
+
+def test_answers_come_under_headers(pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    assert cli.main(["try", "run", "hello"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split(" ─")[0] for line in lines if "─" in line] == ["zero-shot", "in-context", "distilled"]
+    assert lines[1].startswith("Sorry, [red]x")
+    assert lines[-1] == "(an empty answer)"
+
+
+def test_progress_lines_when_nobody_watches(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    with display.Watcher("loading") as watcher:
+        for done in range(1, 26):
+            now[0] += 1.0
+            watcher(f"train (loss {done / 10})", done, 40)  # ends early
+        watcher("evaluate zero-shot", 3, 3)
+        said = capfd.readouterr().err.splitlines()
+        watcher("teacher", 2, 2)
+        now[0] += 5.0
+        watcher("teacher", 1, 1)  # the same stage on other rows
+    assert said == [
+        "loading",
+        "train (loss 1.1): 11/40 in 10 s, 1.1/s, 26 s left",
+        "train (loss 2.1): 21/40 in 20 s, 1.1/s, 18 s left",
+        "train (loss 2.5): 25/40 in 24 s, 1.0/s, 14 s left",
+        "evaluate zero-shot: 3/3 in 0 s",
+    ]
+    assert capfd.readouterr().err.splitlines() == ["teacher: 2/2 in 0 s", "teacher: 1/1 in 0 s"]
+
+
+def in_terminal(code: str, columns: int, tmp_path: Path) -> str:
+    """What a terminal of this width gets from `python -c code`."""
+    main, end = pty.openpty()
+    env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "40"}
+    env.pop("NO_COLOR", None)
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=end, stdout=end, stderr=end, cwd=tmp_path, env=env)
+    os.close(end)
+    parts = []
+    while True:
+        try:
+            part = os.read(main, 65536)
+        except OSError:  # the other side is closed
+            break
+        if not part:
+            break
+        parts.append(part)
+    os.close(main)
+    assert process.wait(timeout=60) == 0
+    return b"".join(parts).decode()
+
+
+def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
+    code = (
+        "import time, logging; from ctxdistill import display\n"
+        "with display.Watcher('loading') as w:\n"
+        "    logging.getLogger('ctxdistill').info('loss: [b]x[/b]')\n"
+        "    for n in range(1, 6): w('train [b] (loss 1)', n, 5); time.sleep(0.05)\n"
+    )
+    shown = in_terminal(code, 100, tmp_path)
+    assert "train [b] (loss 1)" in shown
+    assert "5/5" in shown
+    assert "━━━" in shown
+    assert "/s" in shown
+    assert "loss: [b]x[/b]" in shown
+
+
+@pytest.mark.parametrize(("columns", "beside"), [(140, True), (80, False)])
+def test_prompts_stand_beside_each_other_when_there_is_room(columns: int, beside: bool, tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    shown = in_terminal("from ctxdistill.cli import main; main(['show', 'run'])", columns, tmp_path)
+    lines = shown.splitlines()
+    assert any("teacher prompt" in line and "student prompt" in line for line in lines) is beside
+    assert "\x1b[2;4m<|system|>" in shown  # dim and underlined
+    assert "⟦" not in shown
+
+
+# -- init ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["system", "few-shot", "document"])
+def test_init_writes_a_valid_recipe(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "folder" / "my recipe.toml"
+    assert cli.main(["init", str(path), "--kind", kind]) == 0
+    recipe = Recipe.load(path)
+    assert recipe.name == "my recipe"
+    given = {"system": recipe.context.system, "few-shot": recipe.context.demos, "document": recipe.context.documents}
+    assert given[kind]
+    assert f"ctxdistill distill '{path}'" in capfd.readouterr().out
+    assert path.read_text().count(" # ") > 10  # comments
+
+
+@pytest.mark.parametrize("kind", ["system", "few-shot", "document"])
+def test_every_key_that_a_template_suggests_is_valid(kind: str, tmp_path: Path) -> None:
+    """Commented keys, put in one at a time. Those that exclude another key are left to the comment beside them."""
+    text = (Path(cli.__file__).parent / "recipes" / f"{kind}.toml").read_text()
+    lines = text.splitlines()
+    tried = 0
+    for number, line in enumerate(lines):
+        key = line.removeprefix("# ").partition(" = ")[0]
+        if not line.startswith("# ") or not key.isidentifier() or key in {"system_file", "style", "samples"}:
+            continue
+        section = next(found for found in reversed(lines[:number]) if found.lstrip("# ").startswith("["))
+        opened = [section.lstrip("# ").partition("#")[0]] if section.startswith("#") else []
+        new = [*lines[:number], *opened, line.removeprefix("# "), *lines[number + 1 :]]
+        (tmp_path / "r.toml").write_text("\n".join(new))
+        assert Recipe.load(tmp_path / "r.toml")
+        tried += 1
+    assert tried >= 2
+
+
+def test_init_into_a_folder_and_force(tmp_path: Path) -> None:
+    assert cli.main(["init", str(tmp_path)]) == 0
+    path = tmp_path / "recipe.toml"
+    path.write_text("mine")
+    assert cli.main(["init", str(tmp_path)]) == 2
+    assert path.read_text() == "mine"
+    assert cli.main(["init", str(path), "--force"]) == 0
+    assert path.read_text() != "mine"

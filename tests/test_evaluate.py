@@ -1,0 +1,137 @@
+"""Arms on the same rows, fidelity against a slow reference, metrics, the gate's verdict."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from ctxdistill.errors import RecipeError
+from ctxdistill.evaluate import field_accuracy, gate_verdict, main_metric, metrics_of, same, score_arm, tables, teacher_targets
+from ctxdistill.pipeline import prepare
+from ctxdistill.recipe import Recipe
+from ctxdistill.targets import TargetStore, score_labels
+
+
+def ready(job: Path, **overrides: Any) -> tuple[Any, ...]:
+    recipe = Recipe.from_dict(tiny.recipe_dict(job, **overrides), base_dir=job)
+    return (recipe, *prepare(recipe))
+
+
+def test_scores_are_those_of_the_slow_reference(job: Path) -> None:
+    recipe, lm, prompter, data = ready(job)
+    pairs = data.pairs["eval"]
+    targets = teacher_targets(lm, prompter, pairs, recipe, TargetStore(job / "t"))
+    base = score_arm("zero_shot", lm, prompter, pairs, targets, recipe)
+    teacher = score_arm("in_context", lm, prompter, pairs, targets, recipe)
+    assert [s["row"] for s in base] == [s["row"] for s in teacher] == [p.id for p in pairs]
+    for pair, target, score, other in zip(pairs, targets, base, teacher, strict=True):
+        n = len(target.ids)
+        with torch.no_grad():
+            p, q = (
+                lm.model(input_ids=torch.tensor([[*prompt, *target.ids]])).logits[0, -n - 1 : -1].softmax(-1)
+                for prompt in (pair.teacher, pair.student)
+            )
+        kl = (p * (p / q).log()).sum(-1)
+        assert score["kl"] == pytest.approx(kl.mean().item(), rel=1e-3, abs=1e-5)
+        assert [v for _, v in score["token_kl"]] == pytest.approx(kl.tolist(), rel=1e-2, abs=1e-4)
+        assert score["top1"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+        assert (score["prompt_tokens"], other["prompt_tokens"]) == (len(pair.student), len(pair.teacher))
+        assert other["prediction"] == prompter.text(target.ids) and other["kl"] == 0
+        assert target.ids[0] == p[0].argmax().item()  # the teacher's answer is greedy
+
+
+def test_labels_are_scored_by_their_whole_sequence(job: Path) -> None:
+    _, lm, prompter, data = ready(job)
+    prompts = [p.teacher for p in data.pairs["eval"]]
+    labels = {"ANT": prompter.completion("ANT"), "BEE": prompter.completion("BEE"), "OXEN": prompter.completion("OXEN")}
+    with torch.no_grad():
+        fast = score_labels(lm, prompts, labels, prefix=lm.prefix(prompts), batch_size=5)
+        for i, prompt in enumerate(prompts):
+            for j, ids in enumerate(labels.values()):
+                logprobs = lm.model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0].log_softmax(-1)
+                slow = sum(logprobs[len(prompt) - 1 + t, token].item() for t, token in enumerate(ids))
+                assert fast[i, j].item() == pytest.approx(slow, rel=1e-4, abs=1e-3)
+
+
+def test_label_tasks_are_measured_by_label(job: Path) -> None:
+    words = ["ant", "bee", "cat", "dog", "eel", "fox"]
+    ready(job)
+    for name, prefix in (("q2", "which"), ("e2", "tell")):
+        rows = [{"prompt": f"{prefix} {w}", "answer": "ANT" if i % 2 else "BEE"} for i, w in enumerate(words)]
+        tiny.write_jsonl(job / f"{name}.jsonl", rows)
+    recipe, lm, prompter, data = ready(
+        job, prompt={"label_words": ["ANT", "BEE"]}, context={"system": "Answer ANT or BEE."},
+        queries={"data": "q2.jsonl"}, eval={"data": "e2.jsonl", "max_new_tokens": 4},
+    )  # fmt: skip
+    pairs = data.pairs["eval"]
+    targets = teacher_targets(lm, prompter, pairs, recipe, TargetStore(job / "t"))
+    scores = {arm: score_arm(arm, lm, prompter, pairs, targets, recipe) for arm in ("zero_shot", "in_context")}
+    assert {s["prediction"] for arm in scores.values() for s in arm} <= {"ANT", "BEE"}
+    result = tables(scores, {}, recipe.eval, 0)
+    assert result["main_metric"] == "label_accuracy" and "macro_f1" in result["table"]["zero_shot"]
+    assert result["constant"] == {"prediction": result["constant"]["prediction"], "metric": "label_accuracy", "mean": 0.5}
+
+
+def test_tables_and_the_gate() -> None:
+    def score(arm: str, i: int, hit: float, kl: float) -> dict[str, Any]:
+        return {"arm": arm, "row": str(i), "query": "q", "answer": "a", "prediction": "p", "metrics": {"exact_match": hit},
+                "prompt_tokens": 10, "kl": kl, "top1": 0.5, "tokens": 1 + i % 3}  # fmt: skip
+
+    rows = range(60)
+    scores = {
+        "zero_shot": [score("zero_shot", i, 0.0, 2.0) for i in rows],
+        "in_context": [score("in_context", i, float(i % 4 > 0), 0.0) for i in rows],
+        "distilled": [score("distilled", i, float(i % 2), 0.1) for i in rows],
+    }
+    recipe = Recipe.from_dict({"model": {"name": "x"}, "context": {"system": "s"}, "queries": {"data": "q"}})
+    result = tables(scores, {}, recipe.eval, 0)
+    assert result["kl_closed"]["mean"] == pytest.approx(0.95)
+    assert result["gap_closed"]["mean"] == pytest.approx(0.5 / 0.75)
+    assert result["table"]["in_context"]["exact_match"]["mean"] == 0.75
+    low, high = (result["table"]["in_context"]["exact_match"][k] for k in ("low", "high"))
+    assert 0.6 < low < 0.75 < high < 0.9
+    pairs = {(c["a"], c["b"]): c for c in result["comparisons"]}
+    assert pairs["in_context", "zero_shot"]["p_mcnemar"] < 1e-6
+
+    class FakeLM:
+        window = 100
+
+    class FakePair:
+        teacher, student = (0,) * 20, (0,) * 5
+
+    def verdict(zero: float, kl: float) -> dict[str, Any]:
+        base = [score("zero_shot", i, float(np.floor(zero * (i + 1)) > np.floor(zero * i)), kl) for i in rows]
+        found = {"zero_shot": base, "in_context": scores["in_context"]}
+        return gate_verdict(found, [FakePair()] * 60, FakeLM(), recipe, {})  # type: ignore[list-item, arg-type]
+
+    assert verdict(0.0, 2.0)["verdict"] == "teach"
+    assert verdict(0.0, 2.0)["context_tokens"] == 15
+    assert verdict(0.0, 0.001)["verdict"] == "nothing to teach"
+    assert verdict(0.75, 2.0)["verdict"] == "nothing to teach"  # no gain
+    assert verdict(1.0, 2.0)["gain"]["mean"] == pytest.approx(-0.25)  # the context hurts
+
+
+def test_metrics() -> None:
+    pattern = re.compile(r"(?P<a>\w+) \| (?P<b>\w+)")
+    assert same("Call  Mom\n", "call mom") and not same("call", "call mom")
+    assert field_accuracy(pattern, "x | y", "X | z") == 0.5
+    assert field_accuracy(pattern, "x, y", "x | y") == 0.0
+
+
+def test_own_metrics_and_their_errors(job: Path) -> None:
+    (job / "mymetrics.py").write_text("def long(prediction, answer, row):\n    return len(prediction) + len(row['prompt'])\n")
+    recipe, _, _, data = ready(job, eval__metrics=["mymetrics:long", "format"])
+    metrics = metrics_of(recipe, data.pairs["eval"])
+    assert list(metrics) == ["mymetrics:long", "format"]
+    assert metrics["mymetrics:long"]("abc", None, {"prompt": "xy"}) == 5
+    assert main_metric([{"metrics": {"mymetrics:long": 1.0, "format": 1.0}}]) == "mymetrics:long"
+    for name, message in (("mymetrics:nothing", "cannot load"), ("macro_f1", "cannot be measured")):
+        broken = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"metrics": [name]})})
+        with pytest.raises(RecipeError, match=message):
+            metrics_of(broken, data.pairs["eval"])

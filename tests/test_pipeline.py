@@ -1,0 +1,245 @@
+"""The whole path on a tiny model, and a real process that is killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from ctxdistill import pipeline
+from ctxdistill.errors import DataError, FitError, GateError, ModelError, RunError
+from ctxdistill.lm import LM
+from ctxdistill.recipe import ModelSection, Recipe
+from ctxdistill.rundir import RunDir, write_atomic
+
+
+def recipe(job: Path, **overrides: Any) -> Recipe:
+    return Recipe.from_dict(tiny.recipe_dict(job, **overrides), base_dir=job)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> pipeline.Run:
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "model").symlink_to(llama)
+    return pipeline.distill(recipe(folder), folder / "run")
+
+
+def test_a_run_leaves_everything_behind(run: pipeline.Run) -> None:
+    assert {p.name for p in run.path.iterdir()} >= {
+        "recipe.json", "targets", "checkpoints", "adapter", "metrics.jsonl", "scores.jsonl", "evaluation.json", "report.html",
+        "report.md", "prompts.jsonl", "gate.json",
+    }  # fmt: skip
+    assert run.evaluation["arms"] == ["zero_shot", "in_context", "distilled"]
+    assert run.evaluation["rows"] == 8
+    assert run.evaluation["kl_closed"]["mean"] > 0.3
+    manifest = json.loads((run.path / "recipe.json").read_text())
+    assert manifest["rows"] | {"sha256": ""} == {
+        "train": 13, "validation": 3, "eval": 8, "demos": 3, "dropped_duplicates": 0, "left_out_by_limit": 0, "sha256": "",
+    }  # fmt: skip
+    assert manifest["model"]["weights_sha256"] and manifest["context"]["sha256"] and manifest["model"]["template_sha256"]
+    assert "train.lr" in manifest["explicit"] and "train.clip" not in manifest["explicit"]
+    assert manifest["student_prompt"]["text"] == "<s><|system|>be kind</s><|user|>{query}</s><|assistant|>"
+    card = (run.adapter / "README.md").read_text()
+    assert "Shout every word" in card and manifest["context"]["sha256"] in card
+    shown = RunDir(run.path).read_jsonl("prompts.jsonl")
+    assert len(shown) == 24 and shown[0]["completion"] and shown[-1]["completion"] is None
+
+
+def test_the_adapter_loads_without_us_and_is_the_student(run: pipeline.Run) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    manifest = json.loads((run.path / "recipe.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(manifest["model"]["name"]).eval()
+    ids = torch.tensor([[0, 5, 6, 7, 8]])
+    plain = base(ids).logits
+    theirs = PeftModel.from_pretrained(base, str(run.adapter)).eval()(ids).logits
+    model, tokenizer = pipeline.load_student(run.path)
+    torch.testing.assert_close(model(ids).logits, theirs)
+    assert not torch.allclose(plain, theirs, atol=1e-3)
+    merged, _ = pipeline.load_student(run.path, merge=True)
+    torch.testing.assert_close(merged(ids).logits, theirs, rtol=1e-3, atol=1e-3)
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] <= 7 and tokenizer.eos_token == "</s>"
+    assert {p.suffix for p in run.path.rglob("*") if p.is_file()} <= {".json", ".jsonl", ".safetensors", ".html", ".md", ".lock", ""}
+
+
+def test_evaluating_again_gives_the_same_numbers(run: pipeline.Run) -> None:
+    before = [s for s in RunDir(run.path).read_jsonl("scores.jsonl")]
+    again = pipeline.evaluate(run.path)
+    assert again["kl_closed"] == run.evaluation["kl_closed"] and again["gap_closed"] == run.evaluation["gap_closed"]
+    assert again["gate"] == run.evaluation["gate"]
+    for old, new in zip(before, RunDir(run.path).read_jsonl("scores.jsonl"), strict=True):
+        assert (old["arm"], old["prediction"], old["metrics"]) == (new["arm"], new["prediction"], new["metrics"])
+        assert old["kl"] == pytest.approx(new["kl"], abs=1e-6)
+
+
+def test_try_streams_each_arm(run: pipeline.Run) -> None:
+    pieces = list(pipeline.try_text(run.path, "say emu", max_new_tokens=4))
+    assert list(dict.fromkeys(arm for arm, _ in pieces)) == ["zero_shot", "in_context", "distilled"]
+    model, tokenizer = pipeline.load_student(run.path)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "say emu"}], add_generation_prompt=True, return_tensors="pt")
+    whole = model.generate(prompt["input_ids"], max_new_tokens=4, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    said = "".join(piece for arm, piece in pieces if arm == "distilled")
+    assert said.strip() == tokenizer.decode(whole, skip_special_tokens=True).strip()
+
+
+def test_show_needs_no_weights(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LM, "load", None)
+    shown = pipeline.show(recipe(job), 0)
+    assert shown["split"] == "train" and shown["completion"] is None
+    given = pipeline.show(recipe(job, completions={"source": "data"}), 0)
+    assert given["completion"][-1][0] == "</s>"
+    with pytest.raises(DataError, match="0 to 23"):
+        pipeline.show(recipe(job), 24)
+
+
+def test_the_gate_stops_and_can_be_told_not_to(job: Path) -> None:
+    with pytest.raises(GateError, match="nothing to teach"):
+        pipeline.distill(recipe(job, gate={"min_kl": 100.0}), job / "run")
+    assert not (job / "run" / "adapter").exists()
+    verdict = pipeline.gate(recipe(job, gate={"min_kl": 100.0}))
+    assert verdict["verdict"] == "nothing to teach" and verdict["fits"] and verdict["window"] == 512
+    assert verdict["estimate"]["seconds"] > 0 and verdict["estimate"]["memory_mb"] > 0
+
+
+def test_without_held_out_data_queries_are_split(job: Path) -> None:
+    raw = tiny.recipe_dict(job)
+    raw["eval"] = {"max_new_tokens": 6, "latency_rows": 0, "share": 0.25, "answer": "none"}
+    made = pipeline.distill(Recipe.from_dict(raw, base_dir=job), job / "run")
+    counts = json.loads((job / "run/recipe.json").read_text())["rows"]
+    assert counts["eval"] == 4 and counts["train"] + counts["validation"] == 12
+    assert made.evaluation["kl_closed"] is not None
+
+
+def test_a_folder_belongs_to_one_recipe(run: pipeline.Run) -> None:
+    job = run.path.parent
+    with pytest.raises(RunError, match="already holds a run"):
+        pipeline.distill(recipe(job), run.path)
+    with pytest.raises(RunError, match="belongs to another recipe"):
+        pipeline.distill(recipe(job, train__seed=7), run.path, resume=True)
+    (job / "mine").mkdir()
+    (job / "mine/thesis.txt").write_text("x")
+    with pytest.raises(RunError, match="not a run folder"):
+        pipeline.distill(recipe(job), job / "mine")
+    with pytest.raises(RunError, match="does not exist"):
+        pipeline.evaluate(job / "nowhere")
+
+
+def test_an_adapter_of_another_base_is_refused(run: pipeline.Run, tmp_path: Path) -> None:
+    other = LM.load(ModelSection(name=str(tiny.save(tmp_path / "other", seed=9))))
+    with pytest.raises(ModelError, match="made for another base"):
+        other.load_adapter(run.adapter)
+
+
+def test_what_does_not_fit_is_refused_before_anything_slow(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LM, "hidden", None)
+    with pytest.raises(FitError, match=r"(?s)at most 512 tokens.*queries.jsonl"):
+        pipeline.distill(recipe(job, context__system="word " * 100), job / "run")
+    raw = recipe(job)
+    tiny.write_jsonl(job / "eval.jsonl", [{"prompt": "say " + "x" * 600, "answer": "X"}])
+    with pytest.raises(FitError, match="eval"):
+        pipeline.distill(raw, job / "run")
+
+
+def test_overlap_and_duplicates_are_refused_or_dropped_and_counted(job: Path) -> None:
+    made = recipe(job)
+    tiny.write_jsonl(job / "eval.jsonl", [{"prompt": "Say  ANT", "answer": "ANT"}, {"prompt": "please say elk", "answer": "ELK"}])
+    with pytest.raises(DataError, match="eval.jsonl:1"):
+        pipeline.prepare(made)
+    raw = tiny.recipe_dict(job, queries__duplicates="drop")
+    with open(job / "queries.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "say ant!" [:-1], "answer": "ANT"}) + "\n")
+    _, _, data = pipeline.prepare(Recipe.from_dict(raw, base_dir=job))
+    assert data.counts["dropped_duplicates"] == 1
+
+
+def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match="the disk is full"):
+        write_atomic(tmp_path / "a.json", "{}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_cannot_share_a_folder(job: Path) -> None:
+    first, second = RunDir(job / "run"), RunDir(job / "run")
+    first.claim("x", resume=False)
+    with pytest.raises(RunError, match=f"in use by process {os.getpid()}"):
+        second.claim("x", resume=True)
+    first.release()
+    second.claim("x", resume=True)
+    second.release()
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from ctxdistill import Recipe, distill
+def slow(stage, done, total):
+    print(stage, done, flush=True)
+    time.sleep(0.02)
+distill(Recipe.load(sys.argv[1]), sys.argv[2], resume=True, progress=slow)
+"""
+
+
+def test_killed_at_any_moment_and_resumed_gives_the_same_bits(job: Path) -> None:
+    import tomllib
+
+    raw = tiny.recipe_dict(job, completions={"temperature": 0.8, "max_new_tokens": 6}, lora={"rank": 4, "dropout": 0.1})
+    lines = []
+    for section, values in raw.items():
+        if isinstance(values, dict):
+            lines += [f"[{section}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
+    (job / "tiny.toml").write_text("\n".join(lines))
+    assert tomllib.loads((job / "tiny.toml").read_text())["lora"]["rank"] == 4
+
+    def start(out: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", KILLED, str(job / "tiny.toml"), str(out)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    straight = start(job / "straight")
+    said, complaint = straight.communicate()
+    assert straight.returncode == 0, complaint
+    moments = [line.split() for line in said.splitlines()]
+    random_ = random.Random(0)
+    kills, stages = 0, set[str]()
+    # a moment of labelling, two of training, one of evaluation, each at an unforeseen place in it
+    for want in ("teacher", "train", "train", "evaluate distilled"):
+        process = start(job / "broken")
+        assert process.stdout
+        after = random_.randint(1, 3)
+        for line in process.stdout:
+            if line.startswith(want):
+                after -= 1
+            if after == 0:
+                time.sleep(random_.random() * 0.02)
+                process.kill()
+                kills += 1
+                stages.add(want)
+                break
+        process.communicate()
+    assert kills == 4 and len(moments) > 20
+    final = start(job / "broken")
+    _, complaint = final.communicate()
+    assert final.returncode == 0, complaint
+    name = "adapter/adapter_model.safetensors"
+    assert (job / "straight" / name).read_bytes() == (job / "broken" / name).read_bytes()
+    assert load_file(job / "straight" / name)
+    a, b = (json.loads((job / d / "evaluation.json").read_text()) for d in ("straight", "broken"))
+    assert a["kl_closed"] == b["kl_closed"]
+    shutil.rmtree(job / "broken")

@@ -1,0 +1,184 @@
+"""Prompt pairs: same completion ids, explicit 'no context', at most one BOS, no leak of the context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from ctxdistill.errors import DataError, ModelError, RecipeError
+from ctxdistill.prompts import Prompter, join
+from ctxdistill.recipe import Recipe
+from ctxdistill.rows import Row
+
+
+def prompter(folder: Path, tokenizer: Any = None, **overrides: Any) -> Prompter:
+    recipe = Recipe.from_dict(tiny.recipe_dict(folder, **overrides), base_dir=folder)
+    return Prompter(recipe, tokenizer or tiny.tokenizer())
+
+
+def row(**fields: Any) -> Row:
+    return Row(id="r", fields=fields, origin="q.jsonl:1")
+
+
+def text(p: Prompter, ids: Any) -> str:
+    return str(p.tokenizer.decode(list(ids)))
+
+
+TEXT = {
+    "prompt": {"style": "text", "pattern": "Q: {prompt}\nA:", "answer_pattern": " {answer}", "instruction": "Shout."},
+    "context": {"demos": "demos.jsonl"},
+}
+
+
+def test_chat_prompts_to_the_character(tmp_path: Path) -> None:
+    p = prompter(tmp_path)
+    pair = p.pair(row(prompt="say emu", answer="EMU"), p.recipe.queries)
+    assert text(p, pair.teacher) == (
+        "<s><|system|>Shout every word that you are given.</s>"
+        "<|user|>say red</s><|assistant|>RED</s><|user|>say blue</s><|assistant|>BLUE</s>"
+        "<|user|>say green</s><|assistant|>GREEN</s><|user|>say emu</s><|assistant|>"
+    )
+    assert text(p, pair.student) == "<s><|system|>be kind</s><|user|>say emu</s><|assistant|>"
+    assert (pair.answer, pair.query) == ("EMU", "say emu")
+    assert text(p, p.completion("EMU")) == "EMU</s>"
+
+
+def test_text_prompts_to_the_character(tmp_path: Path) -> None:
+    p = prompter(tmp_path, tiny.tokenizer(chat=False), **TEXT)
+    pair = p.pair(row(prompt="say emu"), p.recipe.queries)
+    assert text(p, pair.teacher) == (
+        "Shout.\n\nQ: say red\nA: RED\n\nQ: say blue\nA: BLUE\n\nQ: say green\nA: GREEN\n\nQ: say emu\nA:"
+    )
+    assert text(p, pair.student) == "Q: say emu\nA:"
+    assert text(p, p.completion("EMU")) == " EMU\n\n"
+    assert p.ends(p.ids("EMU\n\n")) and not p.ends(p.ids("EMU\n"))
+    assert p.text(p.ids(" EMU\n\nQ: more")) == "EMU"
+
+
+@pytest.mark.parametrize(
+    ("system", "start"),
+    [(None, "<s><|system|>be kind</s>"), ("", "<s><|system|></s>"), ("Answer.", "<s><|system|>Answer.</s>")],
+)
+def test_no_context_is_explicit(tmp_path: Path, system: str | None, start: str) -> None:
+    p = prompter(tmp_path, context__student_system=system)
+    assert text(p, p.pair(row(prompt="say emu"), p.recipe.queries).student) == start + "<|user|>say emu</s><|assistant|>"
+    recorded = p.student_prompt()
+    assert recorded["text"] == start + "<|user|>{query}</s><|assistant|>"
+    assert recorded["template_inserts"] == ("<s><|system|>be kind</s><|user|>" if system is None else "")
+    # what is recorded is what is served: putting the query in gives the very ids of training
+    served = p.tokenizer(recorded["text"].replace("{query}", "say emu"), add_special_tokens=False)["input_ids"]
+    assert tuple(served) == p.pair(row(prompt="say emu"), p.recipe.queries).student
+
+
+def test_the_student_may_keep_demonstrations(tmp_path: Path) -> None:
+    p = prompter(tmp_path, context__student_demos=1)
+    student = text(p, p.pair(row(prompt="say emu"), p.recipe.queries).student)
+    assert student == "<s><|system|>be kind</s><|user|>say green</s><|assistant|>GREEN</s><|user|>say emu</s><|assistant|>"
+    p.check_no_leak(row(prompt="say emu"), p.recipe.queries)
+
+
+def test_parts_mark_what_the_template_added(tmp_path: Path) -> None:
+    p = prompter(tmp_path)
+    for teacher in (True, False):
+        parts = p.parts(row(prompt="say emu"), p.recipe.queries, teacher=teacher)
+        pair = p.pair(row(prompt="say emu"), p.recipe.queries)
+        assert "".join(t for t, _ in parts) == text(p, pair.teacher if teacher else pair.student)
+        assert [t for t, kind in parts if kind == "query"] == ["say emu"]
+    assert "be kind" in next(t for t, kind in parts if kind == "template")
+    assert not [t for t, kind in parts if kind == "context"]
+
+
+def test_join_keeps_the_completion_ids() -> None:
+    assert join((1, 2), (3, 4, 5)) == ([1, 2, 3, 4, 5], 3)
+    with pytest.raises(RuntimeError):
+        join((1, 2), ())
+
+
+def test_a_context_inside_the_query_is_refused(tmp_path: Path) -> None:
+    system = "Shout every word that you are given, and never whisper."
+    p = prompter(tmp_path, context__system=system)
+    p.check_no_leak(row(prompt="say emu"), p.recipe.queries)
+    with pytest.raises(DataError, match="contains a part of the context"):
+        p.check_no_leak(row(prompt=f"{system} say emu"), p.recipe.queries)
+    kept = prompter(tmp_path, context__system=system, context__student_system=system)
+    with pytest.raises(DataError, match="contains a part of the context"):
+        kept.check_no_leak(row(prompt="say emu"), kept.recipe.queries)
+
+
+def test_two_bos_are_refused(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + tiny.TEMPLATE
+    p = prompter(tmp_path, tokenizer)
+    with pytest.raises(ModelError, match="two BOS"):
+        p.pair(row(prompt="say emu"), p.recipe.queries)
+
+
+def test_a_base_model_needs_the_text_style(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no chat template"):
+        prompter(tmp_path, tiny.tokenizer(chat=False))
+
+
+def test_two_system_messages_are_refused(tmp_path: Path) -> None:
+    p = prompter(tmp_path, queries__messages="messages")
+    messages = [{"role": "system", "content": "Whisper."}, {"role": "user", "content": "say emu"}]
+    with pytest.raises(DataError, match="2 system messages"):
+        p.pair(row(messages=messages), p.recipe.queries)
+
+
+def test_messages_of_a_row_and_its_own_system_message(tmp_path: Path) -> None:
+    p = prompter(tmp_path, queries__messages="messages", context={"demos": "demos.jsonl", "demos_limit": 1})
+    messages = [{"role": "system", "content": "Whisper."}, {"role": "user", "content": "say emu"}]
+    pair = p.pair(row(messages=messages), p.recipe.queries)
+    assert text(p, pair.teacher) == (
+        "<s><|system|>Whisper.</s><|user|>say red</s><|assistant|>RED</s><|user|>say emu</s><|assistant|>"
+    )
+    assert text(p, pair.student) == "<s><|system|>Whisper.</s><|user|>say emu</s><|assistant|>"
+
+
+def test_contexts_per_row(tmp_path: Path) -> None:
+    p = prompter(tmp_path, context={"column": "privileged_context"})
+    as_text = p.pair(row(prompt="say emu", privileged_context="Sing."), p.recipe.queries)
+    assert text(p, as_text.teacher) == "<s><|system|>Sing.</s><|user|>say emu</s><|assistant|>"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    as_turns = p.pair(row(prompt="say emu", privileged_context=turns), p.recipe.queries)
+    assert "<|user|>hi</s><|assistant|>ho</s><|user|>say emu</s>" in text(p, as_turns.teacher)
+    assert as_text.student == as_turns.student
+
+    p = prompter(tmp_path, context={"teacher_prompt": "teacher_prompt"})
+    whole = p.pair(row(prompt="say emu", teacher_prompt="SHOUT: say emu"), p.recipe.queries)
+    assert text(p, whole.teacher) == "<s><|system|>be kind</s><|user|>SHOUT: say emu</s><|assistant|>"
+
+
+def test_patterns_with_columns(tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "pairs.jsonl", [{"a": "x", "b": "y", "answer": "yes"}])
+    p = prompter(tmp_path, prompt__pattern="{a} or {b}?", context={"system": "Say yes or no."})
+    assert p.query_text(row(a="x", b="y"), p.recipe.queries) == "x or y?"
+    with pytest.raises(RecipeError, match="needs the columns a, b"):
+        p.pair_of_text("hello")
+
+
+def test_label_words_must_differ_in_the_first_token(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="yes = yeah"):
+        prompter(tmp_path, prompt__label_words=["yes", "yeah", "no"], context={"system": "Say yes or no."})
+    allowed = {"label_words": ["yes", "yeah"], "shared_first_token": "allow"}
+    p = prompter(tmp_path, prompt=allowed, context={"system": "Say yes or no."})
+    assert len(p.labels) == 2
+
+
+def test_turn_end_comes_from_the_template(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = tiny.TEMPLATE.replace("{{ m['content'] }}</s>", "{{ m['content'] }}<|system|>\n")
+    p = prompter(tmp_path, tokenizer)
+    assert text(p, p.end) == "<|system|>"
+    assert p.ends(list(p.end))
+
+
+def test_a_template_that_refuses_the_messages_is_explained(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    p = prompter(tmp_path, tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="roles must alternate"):
+        p.pair(row(prompt="say emu"), p.recipe.queries)

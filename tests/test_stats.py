@@ -1,0 +1,239 @@
+"""Intervals and tests: known values, coverage by simulation, degenerate inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from ctxdistill.stats import (
+    Estimate,
+    bootstrap_mean,
+    closed,
+    constant_baseline,
+    kl_closed,
+    macro_f1,
+    mcnemar,
+    paired_difference,
+)
+
+OPTIONS = {"resamples": 1000, "seed": 0}
+
+
+def test_estimate_to_dict() -> None:
+    assert Estimate(0.5, 0.25, 0.75, 8).to_dict() == {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 8}
+
+
+def test_wilson_known_values() -> None:
+    # Wilson score interval of 8 of 10: 0.4902 to 0.9433.
+    got = bootstrap_mean([1] * 8 + [0] * 2, **OPTIONS)
+    assert (got.mean, got.n) == (0.8, 10)
+    assert (got.low, got.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+
+
+@pytest.mark.parametrize(("value", "low", "high"), [(0.0, 0.0, 0.2775), (1.0, 0.7225, 1.0)])
+def test_none_and_all_right_keep_an_interval(value: float, low: float, high: float) -> None:
+    got = bootstrap_mean([value] * 10, **OPTIONS)
+    assert (got.mean, got.low, got.high) == (value, pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_bootstrap_interval_is_that_of_a_normal_mean() -> None:
+    x = np.random.default_rng(1).normal(3, 2, 400)
+    got = bootstrap_mean(x, resamples=4000, seed=0)
+    half = 1.96 * x.std() / math.sqrt(400)
+    assert got.mean == pytest.approx(x.mean())
+    assert got.low == pytest.approx(x.mean() - half, abs=0.03)
+    assert got.high == pytest.approx(x.mean() + half, abs=0.03)
+
+
+def test_paired_is_narrower_than_unpaired() -> None:
+    random = np.random.default_rng(2)
+    base = random.normal(0, 10, 100)
+    got = paired_difference(base + 1 + random.normal(0, 0.1, 100), base, **OPTIONS)
+    assert 0.9 < got.low < got.mean < got.high < 1.1
+
+
+def test_paired_difference_has_the_sign_of_a_minus_b() -> None:
+    got = paired_difference([1, 1, 1, 0], [0, 0, 1, 0], **OPTIONS)
+    assert got.mean == 0.5
+    assert paired_difference([0.5, 0.2, 0.1], [0.6, 0.9, 0.3], **OPTIONS).high < 0
+
+
+def test_paired_difference_of_scores_that_always_differ_keeps_an_interval() -> None:
+    few, many = (paired_difference([1.0] * n, [0.0] * n, **OPTIONS) for n in (1, 100))
+    assert few.low < 0 < few.mean == few.high == 1  # one row proves nothing
+    assert 0.9 < many.low < many.mean == many.high == 1
+
+
+def coverage(one: Callable[[np.random.Generator], Estimate], truth: float, repeats: int = 300) -> float:
+    random = np.random.default_rng(7)
+    return float(np.mean([(e := one(random)).low <= truth <= e.high for _ in range(repeats)]))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.97])
+def test_coverage_of_shares(p: float) -> None:
+    assert coverage(lambda r: bootstrap_mean(r.random(60) < p, resamples=300, seed=0), p) >= 0.92
+
+
+def test_coverage_of_means() -> None:
+    share = coverage(lambda r: bootstrap_mean(r.exponential(1.0, 80), resamples=300, seed=0), 1.0)
+    assert 0.89 <= share <= 0.99  # a percentile bootstrap of a skewed mean covers a little less than 95 %
+
+
+def test_coverage_of_paired_shares() -> None:
+    def one(random: np.random.Generator) -> Estimate:
+        u = random.random(60)
+        return paired_difference(u < 0.7, u < 0.5, resamples=300, seed=0)
+
+    assert coverage(one, 0.2) >= 0.92
+
+
+def test_coverage_of_closed_gap_and_kl() -> None:
+    def gap(random: np.random.Generator) -> Estimate:
+        z, gain = random.normal(0, 1, 80), random.normal(2, 1, 80)
+        got = closed(z + 0.8 * gain + random.normal(0, 0.5, 80), z, z + gain, resamples=300, seed=0)
+        assert isinstance(got, Estimate)
+        return got
+
+    def kl(random: np.random.Generator) -> Estimate:
+        tokens = random.integers(1, 20, 80)
+        base = tokens * random.gamma(4, 0.5, 80)
+        got = kl_closed(base * random.uniform(0, 0.1, 80), base, tokens, resamples=300, seed=0)
+        assert isinstance(got, Estimate)
+        return got
+
+    assert 0.89 <= coverage(gap, 0.8) <= 0.99
+    assert 0.89 <= coverage(kl, 0.95) <= 0.99
+
+
+def test_same_seed_same_interval_and_another_seed_another() -> None:
+    x = np.random.default_rng(3).random(50)
+    assert bootstrap_mean(x, **OPTIONS) == bootstrap_mean(x, **OPTIONS)
+    assert bootstrap_mean(x, **OPTIONS) != bootstrap_mean(x, resamples=1000, seed=1)
+    assert kl_closed(x / 9, x, x, **OPTIONS) == kl_closed(x / 9, x, x, **OPTIONS)
+
+
+def test_many_rows_do_not_need_much_memory() -> None:
+    x = np.random.default_rng(4).random(300_000)
+    got = bootstrap_mean(x, resamples=100, seed=0)
+    assert got.high - got.low == pytest.approx(2 * 1.96 * math.sqrt(1 / 12 / 300_000), rel=0.3)
+
+
+# -- ratios -----------------------------------------------------------------------------------------------------------
+
+
+def test_closed_known_value() -> None:
+    zero = np.zeros(40)
+    teacher = np.r_[np.ones(30), np.zeros(10)]
+    student = np.r_[np.ones(24), np.zeros(16)]
+    got = closed(student, zero, teacher, **OPTIONS)
+    assert isinstance(got, Estimate)
+    assert got.mean == pytest.approx(0.8)
+    assert 0.6 < got.low < 0.8 < got.high < 1
+    same = closed(teacher, zero, teacher, **OPTIONS)
+    assert isinstance(same, Estimate)
+    assert (same.mean, same.low, same.high) == (1, 1, 1)
+
+
+def test_closed_is_undefined_without_a_gain() -> None:
+    random = np.random.default_rng(5)
+    zero, teacher, student = (random.integers(0, 2, 50) for _ in range(3))
+    got = closed(student, zero, teacher, **OPTIONS)
+    assert isinstance(got, str)
+    assert "not different from 0" in got
+    assert "50 rows" in got
+    assert isinstance(closed([1.0], [0.0], [1.0], **OPTIONS), str)
+    assert isinstance(closed([0.5] * 9, [0.5] * 9, [0.5] * 9, **OPTIONS), str)
+
+
+def test_kl_closed_weighs_tokens() -> None:
+    # Row 1: one token, nothing closed; row 2: 99 tokens, all closed.
+    got = kl_closed([1.0, 0.0], [1.0, 99.0], [1, 99], **OPTIONS)
+    assert got is not None
+    assert got.mean == pytest.approx(0.99)
+    assert got.n == 2
+    worse = kl_closed([2.0, 2.0], [1.0, 1.0], [3, 3], **OPTIONS)
+    assert worse is not None
+    assert worse.mean == -1
+
+
+def test_kl_closed_is_none_when_the_base_is_the_teacher() -> None:
+    assert kl_closed([0.0, 0.0], [0.0, 0.0], [5, 5], **OPTIONS) is None
+    assert kl_closed([1e-9, 0.0], [2e-7, 1e-7], [5, 5], **OPTIONS) is None  # rounding of fp32
+
+
+def test_ratio_survives_resamples_without_a_denominator() -> None:
+    got = kl_closed([0.1, 0.0], [1.0, 0.0], [1, 1], **OPTIONS)  # a quarter of the resamples has a base of 0
+    assert got is not None
+    assert (got.mean, got.low, got.high) == pytest.approx((0.9, 0.9, 0.9))
+
+
+# -- tests and baselines ----------------------------------------------------------------------------------------------
+
+
+def test_mcnemar_known_values() -> None:
+    # 8 rows where only a is right, 1 where only b is: 2 * (C(9,0) + C(9,1)) / 2^9.
+    a, b = [1] * 8 + [0] + [1] * 5, [0] * 8 + [1] + [1] * 5
+    assert mcnemar(a, b) == pytest.approx(20 / 512)
+    assert mcnemar(b, a) == mcnemar(a, b)
+    assert mcnemar([1, 0, 1], [1, 0, 1]) == 1.0
+    assert mcnemar([True] * 20, [False] * 20) == pytest.approx(2 / 2**20)
+    with pytest.raises(ValueError, match="0 or 1"):
+        mcnemar([0.5, 1], [0, 1])
+
+
+def test_macro_f1() -> None:
+    assert macro_f1(["a", "b"], ["a", "b"]) == 1.0
+    # a: precision 1/2, recall 1, F1 2/3; b: recall 0.
+    assert macro_f1(["a", "b"], ["a", "a"]) == pytest.approx(1 / 3)
+    # An answer outside of the classes is wrong, and no class of its own.
+    assert macro_f1(["a", "a", "b", "b"], ["a", "a", "b", "nonsense"]) == pytest.approx((1 + 2 / 3) / 2)
+    assert macro_f1(np.array(["a", "b"]), np.array(["b", "a"])) == 0.0
+
+
+def test_constant_baseline() -> None:
+    assert constant_baseline(["b", "a", "b"]) == ("b", pytest.approx(2 / 3))
+    assert constant_baseline(["b", "a"]) == ("a", 0.5)
+
+
+# -- degenerate inputs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: bootstrap_mean([], **OPTIONS),
+        lambda: paired_difference([], [], **OPTIONS),
+        lambda: closed([], [], [], **OPTIONS),
+        lambda: kl_closed([], [], [], **OPTIONS),
+        lambda: mcnemar([], []),
+    ],
+)
+def test_no_rows(call: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match="no rows"):
+        call()
+
+
+def test_no_answers() -> None:
+    with pytest.raises(ValueError, match="no answers"):
+        constant_baseline([])
+    with pytest.raises(ValueError, match="at least one"):
+        macro_f1([], [])
+
+
+def test_one_row() -> None:
+    assert bootstrap_mean([3.5], **OPTIONS) == Estimate(3.5, 3.5, 3.5, 1)
+    one = bootstrap_mean([1.0], **OPTIONS)
+    assert (one.mean, one.high) == (1.0, 1.0)
+    assert one.low < 0.25
+
+
+def test_wrong_input() -> None:
+    with pytest.raises(ValueError, match=r"one value per row.*\(2,\).*\(3,\)"):
+        paired_difference([1, 2], [1, 2, 3], **OPTIONS)
+    with pytest.raises(ValueError, match="not finite"):
+        bootstrap_mean([1.0, math.nan], **OPTIONS)
+    with pytest.raises(ValueError, match="found 1 and 2"):
+        macro_f1(["a", "b"], ["a"])

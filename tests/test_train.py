@@ -1,0 +1,320 @@
+"""The loop: the step-0 loss, the denominator, equality of every kind of target, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from ctxdistill.errors import RunError, TrainError
+from ctxdistill.lm import LM
+from ctxdistill.pipeline import Data, make_examples, prepare
+from ctxdistill.prompts import Prompter, join
+from ctxdistill.recipe import LoraSection, ModelSection, Recipe, TrainSection
+from ctxdistill.rundir import RunDir, no_progress
+from ctxdistill.targets import TargetStore, captured_mass, label
+from ctxdistill.train import Example, batch_loss, learning_rate, mean_kl, order, train
+
+Ready = tuple[Recipe, LM, Prompter, Data]
+
+
+@pytest.fixture
+def ready(job: Path) -> Ready:
+    recipe = Recipe.from_dict(tiny.recipe_dict(job), base_dir=job)
+    return (recipe, *prepare(recipe))
+
+
+def examples_of(ready: Ready, folder: Path, **targets: Any) -> list[Example]:
+    recipe, lm, prompter, data = ready
+    recipe = recipe.model_copy(update={"targets": recipe.targets.model_copy(update=targets)})
+    return make_examples(recipe, lm, prompter, data.pairs["train"], TargetStore(folder), no_progress)
+
+
+def reference(lm: LM, prompter: Prompter, data: Data, examples: list[Example], kind: str, temperature: float = 1.0) -> torch.Tensor:
+    """The slow way: both sides' full forwards, full logits, explicit probabilities. Sum over supervised tokens."""
+    total = torch.zeros(())
+    teachers = {p.id: p.teacher for p in data.pairs["train"]}
+    for example in examples:
+        ids = list(example.target.ids)
+        with torch.no_grad(), lm.adapter(False):
+            whole, n = join(teachers[example.id], ids)
+            p = (lm.model(input_ids=torch.tensor([whole])).logits[0, -n - 1 : -1] / temperature).softmax(-1)
+        whole, n = join(example.prompt, ids)
+        q = (lm.model(input_ids=torch.tensor([whole])).logits[0, -n - 1 : -1] / temperature).softmax(-1)
+        m = (p + q) / 2
+        value = {
+            "forward_kl": (p * (p / q).log()).sum(),
+            "reverse_kl": (q * (q / p).log()).sum(),
+            "jsd": ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2,
+        }[kind]
+        total = total + temperature**2 * value
+    return total
+
+
+def gradient(lm: LM, loss: torch.Tensor) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(lm.trainable().values()))])
+
+
+def disturb(lm: LM) -> None:
+    """An adapter that does something."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in lm.trainable().values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_loss_and_gradient_equal_the_slow_reference(ready: Ready, tmp_path: Path, kind: Any, temperature: float) -> None:
+    _, lm, prompter, data = ready
+    examples = examples_of(ready, tmp_path / "t")
+    lm.add_adapter(LoraSection(rank=4), 0)
+    disturb(lm)
+    section = TrainSection(loss=kind, temperature=temperature)
+    fast, slow = batch_loss(lm, examples, section), reference(lm, prompter, data, examples, kind, temperature)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient(lm, fast), gradient(lm, slow), rtol=1e-3, atol=1e-5)
+
+
+def test_every_kind_of_target_gives_the_same_loss(ready: Ready, tmp_path: Path) -> None:
+    _, lm, _, _ = ready
+    kinds = {"hidden": {}, "full": {}, "topk": {"k": tiny.VOCABULARY - 1}}
+    made = {kind: examples_of(ready, tmp_path / kind, kind=kind, **more) for kind, more in kinds.items()}
+    small = examples_of(ready, tmp_path / "small", kind="topk", k=8)
+    lm.add_adapter(LoraSection(rank=4), 0)
+    disturb(lm)
+    loss = {kind: batch_loss(lm, examples, TrainSection()) for kind, examples in made.items()}
+    torch.testing.assert_close(loss["full"], loss["hidden"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss["topk"], loss["hidden"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient(lm, loss["topk"]), gradient(lm, loss["hidden"]), rtol=1e-3, atol=1e-5)
+    assert batch_loss(lm, small, TrainSection()).item() < loss["hidden"].item()  # a coarser partition has a smaller KL
+    mass = captured_mass([e.target for e in small])
+    assert mass is not None and 0.03 < mass < 1.0
+    assert captured_mass([e.target for e in made["hidden"]]) is None
+
+
+def test_cross_entropy_is_mixed_in(ready: Ready, tmp_path: Path) -> None:
+    _, lm, _, _ = ready
+    examples = examples_of(ready, tmp_path / "t")
+    lm.add_adapter(LoraSection(rank=4), 0)
+    ce = torch.zeros(())
+    for e in examples:
+        ids, n = join(e.prompt, e.target.ids)
+        ce = ce + F.cross_entropy(lm.model(input_ids=torch.tensor([ids])).logits[0, -n - 1 : -1], torch.tensor(e.target.ids), reduction="sum")
+    kl = batch_loss(lm, examples, TrainSection())
+    mixed = batch_loss(lm, examples, TrainSection(ce_weight=0.3))
+    torch.testing.assert_close(mixed, 0.7 * kl + 0.3 * ce, rtol=1e-4, atol=1e-4)
+
+
+def test_with_an_empty_context_the_loss_at_step_0_is_0(ready: Ready, tmp_path: Path) -> None:
+    recipe, lm, prompter, data = ready
+    same = [dataclasses.replace(p, teacher=p.student) for p in data.pairs["train"]]
+    made = label(lm, prompter, same, recipe, TargetStore(tmp_path / "t"))
+    lm.add_adapter(LoraSection(rank=4), 0)
+    empty = [Example(p.id, p.student, t[0]) for p, t in zip(same, made, strict=True)]
+    tokens = sum(len(e.target.ids) for e in empty)
+    assert abs(batch_loss(lm, empty, TrainSection()).item() / tokens) < 1e-6
+    assert mean_kl(lm, examples_of(ready, tmp_path / "u"), 4) > 1e-3  # and with the context it is not
+
+
+def test_prompt_tokens_do_not_change_the_denominator_nor_does_the_split(ready: Ready, tmp_path: Path) -> None:
+    """Invariant 6: one step of 8 rows is the same update at any micro-batch."""
+    _, lm, _, _ = ready
+    examples = examples_of(ready, tmp_path / "t")[:8]
+    # completions of different length, so that a mean of means would differ
+    examples = [
+        dataclasses.replace(e, target=dataclasses.replace(e.target, ids=e.target.ids[:n], tensors={"hidden": e.target.tensors["hidden"][:n]}))
+        for e, n in zip(examples, (1, 6, 2, 5, 3, 4, 6, 1), strict=True)
+    ]
+    gradients = []
+    for micro in (0, 1, 3):
+        lm.add_adapter(LoraSection(rank=4), 0)
+        disturb(lm)
+        section = TrainSection(batch_size=8, micro_batch=micro, epochs=1, lr=0.01, validation=0)
+        train(lm, examples, [], section, RunDir(tmp_path / f"run{micro}"))
+        gradients.append({n: p.grad.clone() for n, p in lm.trainable().items()})
+        lm.peft.unload()
+    norms = [RunDir(tmp_path / f"run{m}").read_jsonl("metrics.jsonl")[0]["grad_norm"] for m in (0, 1, 3)]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+    for other in gradients[1:]:
+        for name, value in gradients[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(ready: Ready, tmp_path: Path) -> None:
+    _, lm, _, _ = ready
+    examples = examples_of(ready, tmp_path / "t")
+    losses = []
+    for on in (False, True):
+        lm.add_adapter(LoraSection(rank=4), 0)
+        section = TrainSection(batch_size=4, epochs=1, lr=0.01, gradient_checkpointing=on)
+        train(lm, examples, [], section, RunDir(tmp_path / f"run{on}"))
+        losses.append([line["loss"] for line in RunDir(tmp_path / f"run{on}").read_jsonl("metrics.jsonl")])
+        lm.peft.unload()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_training_lowers_the_kl_and_leaves_the_base_alone(ready: Ready, tmp_path: Path) -> None:
+    recipe, lm, _, _ = ready
+    examples = examples_of(ready, tmp_path / "t")
+    before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
+    lm.add_adapter(LoraSection(rank=4), 0)
+    first = mean_kl(lm, examples, 4)
+    state = train(lm, examples, examples[:3], TrainSection(epochs=6, lr=0.01, batch_size=4), RunDir(tmp_path / "run"))
+    assert mean_kl(lm, examples, 4) < 0.5 * first
+    assert state.best_kl == pytest.approx(mean_kl(lm, examples[:3], 4), rel=1e-5)  # the best one is on the model
+    after = {n.replace(".base_layer", ""): p for n, p in lm.model.named_parameters() if "lora_" not in n}
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_early_stop_keeps_the_best(ready: Ready, tmp_path: Path) -> None:
+    _, lm, _, _ = ready
+    examples = examples_of(ready, tmp_path / "t")
+    lm.add_adapter(LoraSection(rank=4), 0)
+    section = TrainSection(epochs=30, lr=0.3, batch_size=4, patience=2, warmup=0)  # far too hot
+    state = train(lm, examples, examples[:3], section, RunDir(tmp_path / "run"))
+    assert state.stopped and state.step < 30 * 4
+    log = [line for line in RunDir(tmp_path / "run").read_jsonl("metrics.jsonl") if line["event"] == "validation"]
+    assert min(line["kl"] for line in log) == state.best_kl
+    assert mean_kl(lm, examples[:3], 4) == pytest.approx(state.best_kl, rel=1e-5)
+
+
+def test_numbers_that_are_not_finite_stop_the_step(ready: Ready, tmp_path: Path) -> None:
+    _, lm, _, _ = ready
+    examples = examples_of(ready, tmp_path / "t")
+    examples[0].target.tensors["hidden"][0, 0] = float("nan")
+    lm.add_adapter(LoraSection(rank=4), 0)
+    with pytest.raises(TrainError, match=f"(?s)finite numbers.*{examples[0].id}"):
+        train(lm, examples, [], TrainSection(batch_size=64, validation=0), RunDir(tmp_path / "run"))
+
+
+def test_restart_from_a_checkpoint_gives_the_same_bits(ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, lm, _, _ = ready
+    examples = examples_of(ready, tmp_path / "t")
+    section = TrainSection(epochs=3, lr=0.01, batch_size=4, checkpoint_every=2)
+    lora = LoraSection(rank=4, dropout=0.2)
+
+    def go(folder: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+        def progress(stage: str, done: int, total: int) -> None:
+            if done == stop_at and stage.startswith("train"):
+                raise KeyboardInterrupt
+
+        lm.add_adapter(lora, 0)
+        try:
+            train(lm, examples, examples[:3], section, RunDir(folder), progress=progress)
+            return {n: p.detach().clone() for n, p in lm.trainable().items()}
+        except KeyboardInterrupt:
+            return {}
+        finally:
+            lm.peft.unload()
+
+    straight = go(tmp_path / "straight")
+    for stop in (1, 5, 7):
+        assert not go(tmp_path / "broken", stop)
+    resumed = go(tmp_path / "broken")
+    assert all(torch.equal(straight[n], resumed[n]) for n in straight)
+    logs = [RunDir(tmp_path / name).read_jsonl("metrics.jsonl") for name in ("straight", "broken")]
+    assert [(x["step"], x.get("loss"), x.get("kl")) for x in logs[0]] == [(x["step"], x.get("loss"), x.get("kl")) for x in logs[1]]
+
+
+def test_a_damaged_checkpoint_is_named(ready: Ready, tmp_path: Path) -> None:
+    _, lm, _, _ = ready
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-00000002.safetensors").write_bytes(b"rubbish")
+    lm.add_adapter(LoraSection(rank=4), 0)
+    with pytest.raises(TrainError, match="step-00000002.safetensors is damaged"):
+        train(lm, examples_of(ready, tmp_path / "t"), [], TrainSection(), RunDir(tmp_path / "run"))
+
+
+def test_labelling_in_pieces_gives_the_same_bits(ready: Ready, tmp_path: Path) -> None:
+    recipe, lm, prompter, data = ready
+    pairs = data.pairs["train"]
+    straight = label(lm, prompter, pairs, recipe, TargetStore(tmp_path / "a"))
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if 4 <= done < total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        label(lm, prompter, pairs, recipe, TargetStore(tmp_path / "b"), progress=stop)
+    begun = TargetStore(tmp_path / "b")
+    assert 0 < len(begun.where) < len(pairs)
+    asked = []
+    resumed = label(lm, prompter, pairs, recipe, begun, progress=lambda *a: asked.append(a))
+    for (a,), (b,) in zip(straight, resumed, strict=True):
+        assert a.ids == b.ids and torch.equal(a.tensors["hidden"], b.tensors["hidden"])
+
+
+def test_the_teacher_is_asked_once(ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, lm, prompter, data = ready
+    label(lm, prompter, data.pairs["train"], recipe, TargetStore(tmp_path / "a"))
+    monkeypatch.setattr(LM, "hidden", None)
+    monkeypatch.setattr(LM, "generate", None)
+    again = label(lm, prompter, data.pairs["train"], recipe, TargetStore(tmp_path / "a"))
+    assert len(again) == len(data.pairs["train"])
+    other = recipe.model_copy(update={"completions": recipe.completions.model_copy(update={"max_new_tokens": 5})})
+    with pytest.raises(TypeError):  # other completions are other targets
+        label(lm, prompter, data.pairs["train"], other, TargetStore(tmp_path / "a"))
+
+
+def test_damaged_targets_are_found(ready: Ready, tmp_path: Path) -> None:
+    examples_of(ready, tmp_path / "t")
+    shard = next((tmp_path / "t").glob("*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(RunError, match=f"{shard.name} is damaged"):
+        TargetStore(tmp_path / "t")
+    shard.unlink()
+    with pytest.raises(RunError, match="no file"):
+        TargetStore(tmp_path / "t")
+
+
+def test_completions_given_sampled_and_labels(job: Path) -> None:
+    def targets(**overrides: Any) -> list[list[Any]]:
+        recipe = Recipe.from_dict(tiny.recipe_dict(job, **overrides), base_dir=job)
+        lm, prompter, data = prepare(recipe)
+        return [[prompter, *row] for row in label(lm, prompter, data.pairs["train"], recipe, TargetStore(job / "t"))]
+
+    given = targets(completions={"source": "data"})
+    assert all(prompter.text(t.ids).isupper() and t.ids[-1:] == prompter.end for prompter, t in given)
+    bare = targets(completions={"source": "data", "supervise_end": False})
+    assert all(t.ids[-1:] != prompter.end for prompter, t in bare)
+    sampled = targets(completions={"temperature": 1.0, "samples": 3, "max_new_tokens": 6})
+    assert all(len(row) == 4 for row in sampled)
+    assert any(row[1].ids != row[2].ids for row in sampled)
+
+    words = [r["answer"] for r in map(__import__("json").loads, (job / "queries.jsonl").read_text().splitlines())]
+    recipe_words = {"label_words": ["ANT", "BEE"]}
+    tiny.recipe_dict(job)
+    tiny.write_jsonl(job / "q2.jsonl", [{"prompt": f"which {w}", "answer": "ANT"} for w in words])
+    tiny.write_jsonl(job / "d2.jsonl", [{"prompt": "which one", "answer": "BEE"}])
+    tiny.write_jsonl(job / "e2.jsonl", [{"prompt": "tell which", "answer": "ANT"}])
+    labelled = targets(
+        completions={"source": "label"}, prompt=recipe_words, queries={"data": "q2.jsonl"},
+        context={"demos": "d2.jsonl"}, eval={"data": "e2.jsonl"},
+    )  # fmt: skip
+    assert {prompter.text(t.ids) for prompter, t in labelled} <= {"ANT", "BEE"}
+
+
+def test_learning_rate_and_order() -> None:
+    section = TrainSection(lr=1.0, warmup=0.2, min_lr=0.1)
+    rates = [learning_rate(step, 10, section) for step in range(10)]
+    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert all(a > b for a, b in zip(rates[2:], rates[3:], strict=False)) and rates[-1] > 0.1
+    assert sorted(order(7, 0, 1)) == list(range(7))
+    assert order(50, 0, 1) == order(50, 0, 1) != order(50, 1, 1)
+
+
+def test_seed_decides_the_adapter(llama: Path) -> None:
+    def fresh(seed: int) -> torch.Tensor:
+        lm = LM.load(ModelSection(name=str(llama)))
+        lm.add_adapter(LoraSection(rank=2), seed)
+        return next(iter(lm.trainable().values())).detach()
+
+    assert torch.equal(fresh(1), fresh(1)) and not torch.equal(fresh(1), fresh(2))
