@@ -6,8 +6,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub library is imported
 
 import pytest
-import tiny
 import torch
+
+import tiny
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 

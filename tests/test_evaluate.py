@@ -8,11 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from ctxdistill.errors import RecipeError
-from ctxdistill.evaluate import field_accuracy, gate_verdict, main_metric, metrics_of, same, score_arm, tables, teacher_targets
+from ctxdistill.evaluate import (
+    field_accuracy,
+    gate_verdict,
+    main_metric,
+    metrics_of,
+    same,
+    score_arm,
+    tables,
+    teacher_targets,
+)
 from ctxdistill.pipeline import prepare
 from ctxdistill.recipe import Recipe
 from ctxdistill.targets import TargetStore, score_labels
@@ -75,7 +84,11 @@ def test_label_tasks_are_measured_by_label(job: Path) -> None:
     assert {s["prediction"] for arm in scores.values() for s in arm} <= {"ANT", "BEE"}
     result = tables(scores, {}, recipe.eval, 0)
     assert result["main_metric"] == "label_accuracy" and "macro_f1" in result["table"]["zero_shot"]
-    assert result["constant"] == {"prediction": result["constant"]["prediction"], "metric": "label_accuracy", "mean": 0.5}
+    assert result["constant"] == {
+        "prediction": result["constant"]["prediction"],
+        "metric": "label_accuracy",
+        "mean": 0.5,
+    }
 
 
 def test_tables_and_the_gate() -> None:
@@ -125,7 +138,9 @@ def test_metrics() -> None:
 
 
 def test_own_metrics_and_their_errors(job: Path) -> None:
-    (job / "mymetrics.py").write_text("def long(prediction, answer, row):\n    return len(prediction) + len(row['prompt'])\n")
+    (job / "mymetrics.py").write_text(
+        "def long(prediction, answer, row):\n    return len(prediction) + len(row['prompt'])\n"
+    )
     recipe, _, _, data = ready(job, eval__metrics=["mymetrics:long", "format"])
     metrics = metrics_of(recipe, data.pairs["eval"])
     assert list(metrics) == ["mymetrics:long", "format"]

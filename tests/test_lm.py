@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from ctxdistill.errors import FitError, ModelError
 from ctxdistill.lm import LM, check_fit, common_prefix, linear_layers, packaged_gguf
 from ctxdistill.recipe import LoraSection, ModelSection
@@ -82,7 +82,10 @@ def test_a_sampled_row_does_not_depend_on_its_batch(llama: Path) -> None:
     lm = LM.load(ModelSection(name=str(llama)))
     prompts = [ids for ids, _ in ROWS]
     together = lm.generate(prompts, max_new_tokens=8, temperature=1.0, seeds=[1, 2, 3, 4])
-    alone = [lm.generate([p], max_new_tokens=8, temperature=1.0, seeds=[s])[0] for p, s in zip(prompts, (1, 2, 3, 4), strict=True)]
+    alone = [
+        lm.generate([p], max_new_tokens=8, temperature=1.0, seeds=[s])[0]
+        for p, s in zip(prompts, (1, 2, 3, 4), strict=True)
+    ]
     assert together == alone
     assert together != lm.generate(prompts, max_new_tokens=8, temperature=1.0, seeds=[5, 6, 7, 8])
 

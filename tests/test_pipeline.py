@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from ctxdistill import pipeline
 from ctxdistill.errors import DataError, FitError, GateError, ModelError, RunError
 from ctxdistill.lm import LM
@@ -47,7 +47,9 @@ def test_a_run_leaves_everything_behind(run: pipeline.Run) -> None:
     assert manifest["rows"] | {"sha256": ""} == {
         "train": 13, "validation": 3, "eval": 8, "demos": 3, "dropped_duplicates": 0, "left_out_by_limit": 0, "sha256": "",
     }  # fmt: skip
-    assert manifest["model"]["weights_sha256"] and manifest["context"]["sha256"] and manifest["model"]["template_sha256"]
+    assert (
+        manifest["model"]["weights_sha256"] and manifest["context"]["sha256"] and manifest["model"]["template_sha256"]
+    )
     assert "train.lr" in manifest["explicit"] and "train.clip" not in manifest["explicit"]
     assert manifest["student_prompt"]["text"] == "<s><|system|>be kind</s><|user|>{query}</s><|assistant|>"
     card = (run.adapter / "README.md").read_text()
@@ -71,7 +73,15 @@ def test_the_adapter_loads_without_us_and_is_the_student(run: pipeline.Run) -> N
     merged, _ = pipeline.load_student(run.path, merge=True)
     torch.testing.assert_close(merged(ids).logits, theirs, rtol=1e-3, atol=1e-3)
     assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] <= 7 and tokenizer.eos_token == "</s>"
-    assert {p.suffix for p in run.path.rglob("*") if p.is_file()} <= {".json", ".jsonl", ".safetensors", ".html", ".md", ".lock", ""}
+    assert {p.suffix for p in run.path.rglob("*") if p.is_file()} <= {
+        ".json",
+        ".jsonl",
+        ".safetensors",
+        ".html",
+        ".md",
+        ".lock",
+        "",
+    }
 
 
 def test_evaluating_again_gives_the_same_numbers(run: pipeline.Run) -> None:
@@ -88,7 +98,9 @@ def test_try_streams_each_arm(run: pipeline.Run) -> None:
     pieces = list(pipeline.try_text(run.path, "say emu", max_new_tokens=4))
     assert list(dict.fromkeys(arm for arm, _ in pieces)) == ["zero_shot", "in_context", "distilled"]
     model, tokenizer = pipeline.load_student(run.path)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "say emu"}], add_generation_prompt=True, return_tensors="pt")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "say emu"}], add_generation_prompt=True, return_tensors="pt"
+    )
     whole = model.generate(prompt["input_ids"], max_new_tokens=4, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     said = "".join(piece for arm, piece in pieces if arm == "distilled")
     assert said.strip() == tokenizer.decode(whole, skip_special_tokens=True).strip()
@@ -154,12 +166,14 @@ def test_what_does_not_fit_is_refused_before_anything_slow(job: Path, monkeypatc
 
 def test_overlap_and_duplicates_are_refused_or_dropped_and_counted(job: Path) -> None:
     made = recipe(job)
-    tiny.write_jsonl(job / "eval.jsonl", [{"prompt": "Say  ANT", "answer": "ANT"}, {"prompt": "please say elk", "answer": "ELK"}])
+    tiny.write_jsonl(
+        job / "eval.jsonl", [{"prompt": "Say  ANT", "answer": "ANT"}, {"prompt": "please say elk", "answer": "ELK"}]
+    )
     with pytest.raises(DataError, match="eval.jsonl:1"):
         pipeline.prepare(made)
     raw = tiny.recipe_dict(job, queries__duplicates="drop")
     with open(job / "queries.jsonl", "a") as file:
-        file.write(json.dumps({"prompt": "say ant!" [:-1], "answer": "ANT"}) + "\n")
+        file.write(json.dumps({"prompt": "say ant!"[:-1], "answer": "ANT"}) + "\n")
     _, _, data = pipeline.prepare(Recipe.from_dict(raw, base_dir=job))
     assert data.counts["dropped_duplicates"] == 1
 

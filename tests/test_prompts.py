@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from ctxdistill.errors import DataError, ModelError, RecipeError
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import Recipe
@@ -64,7 +64,9 @@ def test_text_prompts_to_the_character(tmp_path: Path) -> None:
 )
 def test_no_context_is_explicit(tmp_path: Path, system: str | None, start: str) -> None:
     p = prompter(tmp_path, context__student_system=system)
-    assert text(p, p.pair(row(prompt="say emu"), p.recipe.queries).student) == start + "<|user|>say emu</s><|assistant|>"
+    assert (
+        text(p, p.pair(row(prompt="say emu"), p.recipe.queries).student) == start + "<|user|>say emu</s><|assistant|>"
+    )
     recorded = p.student_prompt()
     assert recorded["text"] == start + "<|user|>{query}</s><|assistant|>"
     assert recorded["template_inserts"] == ("<s><|system|>be kind</s><|user|>" if system is None else "")
@@ -76,7 +78,9 @@ def test_no_context_is_explicit(tmp_path: Path, system: str | None, start: str) 
 def test_the_student_may_keep_demonstrations(tmp_path: Path) -> None:
     p = prompter(tmp_path, context__student_demos=1)
     student = text(p, p.pair(row(prompt="say emu"), p.recipe.queries).student)
-    assert student == "<s><|system|>be kind</s><|user|>say green</s><|assistant|>GREEN</s><|user|>say emu</s><|assistant|>"
+    assert (
+        student == "<s><|system|>be kind</s><|user|>say green</s><|assistant|>GREEN</s><|user|>say emu</s><|assistant|>"
+    )
     p.check_no_leak(row(prompt="say emu"), p.recipe.queries)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 
+import tiny
 from ctxdistill.errors import RunError, TrainError
 from ctxdistill.lm import LM
 from ctxdistill.pipeline import Data, make_examples, prepare
@@ -35,7 +35,9 @@ def examples_of(ready: Ready, folder: Path, **targets: Any) -> list[Example]:
     return make_examples(recipe, lm, prompter, data.pairs["train"], TargetStore(folder), no_progress)
 
 
-def reference(lm: LM, prompter: Prompter, data: Data, examples: list[Example], kind: str, temperature: float = 1.0) -> torch.Tensor:
+def reference(
+    lm: LM, prompter: Prompter, data: Data, examples: list[Example], kind: str, temperature: float = 1.0
+) -> torch.Tensor:
     """The slow way: both sides' full forwards, full logits, explicit probabilities. Sum over supervised tokens."""
     total = torch.zeros(())
     teachers = {p.id: p.teacher for p in data.pairs["train"]}
@@ -70,7 +72,9 @@ def disturb(lm: LM) -> None:
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_loss_and_gradient_equal_the_slow_reference(ready: Ready, tmp_path: Path, kind: Any, temperature: float) -> None:
+def test_loss_and_gradient_equal_the_slow_reference(
+    ready: Ready, tmp_path: Path, kind: Any, temperature: float
+) -> None:
     _, lm, prompter, data = ready
     examples = examples_of(ready, tmp_path / "t")
     lm.add_adapter(LoraSection(rank=4), 0)
@@ -105,7 +109,9 @@ def test_cross_entropy_is_mixed_in(ready: Ready, tmp_path: Path) -> None:
     ce = torch.zeros(())
     for e in examples:
         ids, n = join(e.prompt, e.target.ids)
-        ce = ce + F.cross_entropy(lm.model(input_ids=torch.tensor([ids])).logits[0, -n - 1 : -1], torch.tensor(e.target.ids), reduction="sum")
+        ce = ce + F.cross_entropy(
+            lm.model(input_ids=torch.tensor([ids])).logits[0, -n - 1 : -1], torch.tensor(e.target.ids), reduction="sum"
+        )
     kl = batch_loss(lm, examples, TrainSection())
     mixed = batch_loss(lm, examples, TrainSection(ce_weight=0.3))
     torch.testing.assert_close(mixed, 0.7 * kl + 0.3 * ce, rtol=1e-4, atol=1e-4)
@@ -128,7 +134,12 @@ def test_prompt_tokens_do_not_change_the_denominator_nor_does_the_split(ready: R
     examples = examples_of(ready, tmp_path / "t")[:8]
     # completions of different length, so that a mean of means would differ
     examples = [
-        dataclasses.replace(e, target=dataclasses.replace(e.target, ids=e.target.ids[:n], tensors={"hidden": e.target.tensors["hidden"][:n]}))
+        dataclasses.replace(
+            e,
+            target=dataclasses.replace(
+                e.target, ids=e.target.ids[:n], tensors={"hidden": e.target.tensors["hidden"][:n]}
+            ),
+        )
         for e, n in zip(examples, (1, 6, 2, 5, 3, 4, 6, 1), strict=True)
     ]
     gradients = []
@@ -193,7 +204,9 @@ def test_numbers_that_are_not_finite_stop_the_step(ready: Ready, tmp_path: Path)
         train(lm, examples, [], TrainSection(batch_size=64, validation=0), RunDir(tmp_path / "run"))
 
 
-def test_restart_from_a_checkpoint_gives_the_same_bits(ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restart_from_a_checkpoint_gives_the_same_bits(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, lm, _, _ = ready
     examples = examples_of(ready, tmp_path / "t")
     section = TrainSection(epochs=3, lr=0.01, batch_size=4, checkpoint_every=2)
@@ -219,7 +232,9 @@ def test_restart_from_a_checkpoint_gives_the_same_bits(ready: Ready, tmp_path: P
     resumed = go(tmp_path / "broken")
     assert all(torch.equal(straight[n], resumed[n]) for n in straight)
     logs = [RunDir(tmp_path / name).read_jsonl("metrics.jsonl") for name in ("straight", "broken")]
-    assert [(x["step"], x.get("loss"), x.get("kl")) for x in logs[0]] == [(x["step"], x.get("loss"), x.get("kl")) for x in logs[1]]
+    assert [(x["step"], x.get("loss"), x.get("kl")) for x in logs[0]] == [
+        (x["step"], x.get("loss"), x.get("kl")) for x in logs[1]
+    ]
 
 
 def test_a_damaged_checkpoint_is_named(ready: Ready, tmp_path: Path) -> None:

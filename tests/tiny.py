@@ -60,7 +60,9 @@ def tokenizer(*, chat: bool = True) -> Any:
     return fast
 
 
-def save(folder: Path, architecture: str = "llama", *, chat: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def save(
+    folder: Path, architecture: str = "llama", *, chat: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Path:
     """A model folder as the hub has it. Weights are large enough that the context changes the answer."""
     torch.manual_seed(seed)
     config = CONFIGS[architecture]()
@@ -82,7 +84,24 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def recipe_dict(folder: Path, **overrides: Any) -> dict[str, Any]:
     """A small recipe with data files beside it: shout the word back."""
-    words = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kid", "lynx", "mole", "newt", "owl", "pig"]
+    words = [
+        "ant",
+        "bee",
+        "cat",
+        "dog",
+        "eel",
+        "fox",
+        "gnu",
+        "hen",
+        "ibis",
+        "jay",
+        "kid",
+        "lynx",
+        "mole",
+        "newt",
+        "owl",
+        "pig",
+    ]
     write_jsonl(folder / "demos.jsonl", [{"prompt": f"say {w}", "answer": w.upper()} for w in ("red", "blue", "green")])
     write_jsonl(folder / "queries.jsonl", [{"prompt": f"say {w}", "answer": w.upper()} for w in words])
     write_jsonl(folder / "eval.jsonl", [{"prompt": f"please say {w}", "answer": w.upper()} for w in words[:8]])
@@ -95,7 +114,13 @@ def recipe_dict(folder: Path, **overrides: Any) -> dict[str, Any]:
         "targets": {"batch_size": 4},
         "lora": {"rank": 4},
         "train": {"epochs": 2, "batch_size": 4, "lr": 0.01, "validation": 0.2, "checkpoint_every": 2},
-        "eval": {"data": "eval.jsonl", "max_new_tokens": 6, "format": "(?P<word>[A-Z]+)", "latency_rows": 2, "bootstrap": 200},
+        "eval": {
+            "data": "eval.jsonl",
+            "max_new_tokens": 6,
+            "format": "(?P<word>[A-Z]+)",
+            "latency_rows": 2,
+            "bootstrap": 200,
+        },
         "gate": {"on_fail": "warn"},
     }
     for key, value in overrides.items():
@@ -105,3 +130,7 @@ def recipe_dict(folder: Path, **overrides: Any) -> dict[str, Any]:
         else:
             raw[section] = value
     return raw
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,8 +1,8 @@
 """Internalise a context into a LoRA adapter, and measure how faithful the result is.
 
-    from ctxdistill import Recipe, distill, load_student
-    run = distill(Recipe.load("my-recipe.toml"))
-    model, tokenizer = load_student(run.path)
+from ctxdistill import Recipe, distill, load_student
+run = distill(Recipe.load("my-recipe.toml"))
+model, tokenizer = load_student(run.path)
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ class TrainError(CtxDistillError):
     """Training cannot go on: a loss that is not finite, a gradient that is zero."""
 
 
-def several(kind: type[CtxDistillError], what: str, problems: Sequence[str], *, fix: str = "", most: int = 20) -> CtxDistillError:
+def several(
+    kind: type[CtxDistillError], what: str, problems: Sequence[str], *, fix: str = "", most: int = 20
+) -> CtxDistillError:
     """One error that lists all problems, at most `most` of them spelled out, so that the user mends them in one go."""
     lines = [f"  - {problem}" for problem in problems[:most]]
     if len(problems) > most:

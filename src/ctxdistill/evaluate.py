@@ -80,7 +80,9 @@ def metrics_of(recipe: Recipe, pairs: Sequence[Pair]) -> dict[str, Metric]:
                 "exact_match": "reference answers (column eval.answer) and no prompt.label_words",
                 "label_accuracy": "prompt.label_words and reference answers", "macro_f1": "prompt.label_words and reference answers",
             }  # fmt: skip
-            raise RecipeError(f"eval.metrics: {name} cannot be measured here", expected=needs[name], fix="add it, or drop the metric")
+            raise RecipeError(
+                f"eval.metrics: {name} cannot be measured here", expected=needs[name], fix="add it, or drop the metric"
+            )
     return chosen
 
 
@@ -93,7 +95,8 @@ def load_function(name: str, recipe: Recipe) -> Metric:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise RecipeError(
-            f"eval.metrics: cannot load {name!r}: {error}", expected="a module beside the recipe or installed, and a function in it"
+            f"eval.metrics: cannot load {name!r}: {error}",
+            expected="a module beside the recipe or installed, and a function in it",
         ) from None
     finally:
         sys.path.remove(folder)
@@ -111,13 +114,26 @@ def load_function(name: str, recipe: Recipe) -> Metric:
 
 
 def teacher_targets(
-    lm: LM, prompter: Prompter, pairs: Sequence[Pair], recipe: Recipe, store: TargetStore, progress: Progress = no_progress
+    lm: LM,
+    prompter: Prompter,
+    pairs: Sequence[Pair],
+    recipe: Recipe,
+    store: TargetStore,
+    progress: Progress = no_progress,
 ) -> list[Target]:
     """The teacher's greedy answers on held-out rows, with its exact hidden states."""
     completions = CompletionsSection(source="teacher", temperature=0.0, max_new_tokens=recipe.eval.max_new_tokens)
     kind = TargetsSection(kind="hidden", batch_size=recipe.targets.batch_size)
     made = label(
-        lm, prompter, pairs, recipe, store, completions=completions, kind=kind, progress=progress, stage="in-context answers"
+        lm,
+        prompter,
+        pairs,
+        recipe,
+        store,
+        completions=completions,
+        kind=kind,
+        progress=progress,
+        stage="in-context answers",
     )
     return [row[0] for row in made]
 
@@ -155,7 +171,9 @@ def score_arm(
                 predictions = [recipe.prompt.label_words[i] for i in logprobs.argmax(1).tolist()]
             rows = [join(prompt, target.ids) for prompt, target in zip(prompts[some], targets[some], strict=True)]
             hiddens = lm.hidden(rows, prefix)
-            for pair, target, prediction, text, hidden in zip(pairs[some], targets[some], predictions, greedy, hiddens, strict=True):
+            for pair, target, prediction, text, hidden in zip(
+                pairs[some], targets[some], predictions, greedy, hiddens, strict=True
+            ):
                 score = {
                     "arm": arm, "row": pair.id, "query": pair.query, "answer": pair.answer, "prediction": prediction,
                     "metrics": {name: metric(prediction, pair.answer, pair.fields) for name, metric in metrics.items()},
@@ -183,7 +201,9 @@ def fidelity(lm: LM, prompter: Prompter, target: Target, hidden: torch.Tensor | 
 
 
 @torch.no_grad()
-def latency(arm: str, lm: LM, prompter: Prompter, pairs: Sequence[Pair], recipe: Recipe, progress: Progress = no_progress) -> list[float]:
+def latency(
+    arm: str, lm: LM, prompter: Prompter, pairs: Sequence[Pair], recipe: Recipe, progress: Progress = no_progress
+) -> list[float]:
     """Milliseconds per request, one request at a time, the whole prompt read each time (a server without prefix cache)."""
     times = []
     rows = pairs[: recipe.eval.latency_rows]
@@ -225,14 +245,23 @@ def tables(
     table: dict[str, Any] = {}
     for arm in arms:
         rows = scores[arm]
-        cells = {m: stats.bootstrap_mean(column(rows, m), **options).to_dict() for m in first[0]["metrics"] if len(column(rows, m))}
+        cells = {
+            m: stats.bootstrap_mean(column(rows, m), **options).to_dict()
+            for m in first[0]["metrics"]
+            if len(column(rows, m))
+        }
         if "label_accuracy" in cells:
             cells["macro_f1"] = macro_f1_estimate(rows, **options)
         if arm != "in_context":
             cells["kl"] = kl_estimate(rows, **options)
             cells["top1"] = stats.bootstrap_mean([s["top1"] for s in rows], **options).to_dict()
         lengths = [s["prompt_tokens"] for s in rows]
-        cells["prompt_tokens"] = {"mean": statistics.fmean(lengths), "low": min(lengths), "high": max(lengths), "n": len(lengths)}
+        cells["prompt_tokens"] = {
+            "mean": statistics.fmean(lengths),
+            "low": min(lengths),
+            "high": max(lengths),
+            "n": len(lengths),
+        }
         if latencies.get(arm):
             cells["latency_ms"] = stats.bootstrap_mean(latencies[arm], **options).to_dict()
         table[arm] = cells
@@ -253,7 +282,9 @@ def tables(
         closed = stats.kl_closed(sums["distilled"], sums["zero_shot"], tokens, **options)
         result["kl_closed"] = closed.to_dict() if closed else None
         if main:
-            gap = stats.closed(*(column(scores[arm], main) for arm in ("distilled", "zero_shot", "in_context")), **options)
+            gap = stats.closed(
+                *(column(scores[arm], main) for arm in ("distilled", "zero_shot", "in_context")), **options
+            )
             result["gap_closed"] = {"undefined": gap} if isinstance(gap, str) else gap.to_dict()
     return result
 
@@ -297,7 +328,13 @@ def comparisons(
             binary = set(np.unique(np.concatenate([x, y]))) <= {0.0, 1.0}
             difference = stats.paired_difference(x, y, **options).to_dict()
             result.append(
-                {"a": a, "b": b, "metric": metric, "difference": difference, "p_mcnemar": stats.mcnemar(x, y) if binary else None}
+                {
+                    "a": a,
+                    "b": b,
+                    "metric": metric,
+                    "difference": difference,
+                    "p_mcnemar": stats.mcnemar(x, y) if binary else None,
+                }
             )
     return result
 
@@ -316,9 +353,13 @@ def gate_verdict(
     reasons, teach = [], True
     if kl["mean"] < recipe.gate.min_kl:
         teach = False
-        reasons.append(f"the context hardly changes the model: KL {kl['mean']:.4f} nats per token, below {recipe.gate.min_kl}")
+        reasons.append(
+            f"the context hardly changes the model: KL {kl['mean']:.4f} nats per token, below {recipe.gate.min_kl}"
+        )
     else:
-        reasons.append(f"the context changes the model: KL {kl['mean']:.3f} [{kl['low']:.3f}, {kl['high']:.3f}] nats per token")
+        reasons.append(
+            f"the context changes the model: KL {kl['mean']:.3f} [{kl['low']:.3f}, {kl['high']:.3f}] nats per token"
+        )
     if metric:
         gain = stats.paired_difference(column(teacher, metric), column(base, metric), **options).to_dict()
         text = f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}] points of {metric}"

@@ -40,6 +40,48 @@ PAD = 0  # padding is masked everywhere, so any id that has an embedding will do
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room at its end: a new token is written in place, where `DynamicLayer` copies the whole past
+    for each. Starts from a shared prefix, which is copied once per batch and never written to."""
+
+    room = 64
+
+    def start(self, keys: torch.Tensor, values: torch.Tensor, batch: int) -> None:
+        """Begin with a prefix [1, heads, P, head size] in each of `batch` rows."""
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.buffers: list[torch.Tensor] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [B, heads, L, head size]; returns all keys and values so far, as views of the buffers."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past, new = self.get_seq_length(), key_states.shape[-2]
+        if not self.buffers or self.buffers[0].shape[-2] < past + new:
+            buffers = []
+            for old, state in ((self.keys, key_states), (self.values, value_states)):
+                batch, heads, _, size = state.shape
+                buffer = state.new_empty(batch, heads, past + new + self.room, size)
+                if past:
+                    buffer[:, :, :past] = old
+                buffers.append(buffer)
+            self.buffers = buffers
+        for buffer, state in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, past : past + new] = state
+        self.keys, self.values = (buffer[:, :, : past + new] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows only."""
+        super().batch_select_indices(indices)
+        self.buffers = []  # the kept rows are new tensors
+
+
 @dataclass(frozen=True)
 class Prefix:
     """Token ids that many prompts start with, and their key-value cache: one [1, heads, P, head size] pair per layer."""
@@ -48,13 +90,11 @@ class Prefix:
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
     def cache(self, batch: int) -> DynamicCache:
-        """A cache that a batch of `batch` rows may grow. The stored tensors are views and stay as they are, since
-        `DynamicLayer.update` concatenates into new ones."""
+        """A cache that a batch of `batch` rows may grow; the stored tensors stay as they are."""
         cache = DynamicCache()
         for keys, values in self.layers:
-            layer = DynamicLayer()
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+            layer = RoomyLayer()
+            layer.start(keys, values, batch)
             cache.layers.append(layer)
         return cache
 
@@ -89,7 +129,9 @@ class LM:
                     setattr(config, name, 0.0)  # a frozen model has no noise; then train mode changes nothing either
             if section.attention != "auto":
                 options["attn_implementation"] = section.attention
-            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, use_safetensors=True, **options
+            )
         model.to(device).eval().requires_grad_(False)
         info = {
             "name": section.name,
@@ -116,7 +158,9 @@ class LM:
     @property
     def fingerprint(self) -> str:
         """Changes when the teacher's distributions could change: weights, code, types."""
-        return fingerprint([self.info, self.model.config._attn_implementation, torch.__version__, transformers.__version__])
+        return fingerprint(
+            [self.info, self.model.config._attn_implementation, torch.__version__, transformers.__version__]
+        )
 
     @property
     def stop_ids(self) -> set[int]:
@@ -169,7 +213,9 @@ class LM:
         # A sliding-window layer drops keys that the next row still needs; state-space layers have no keys to share.
         layers = DynamicCache(config=self.model.config).layers
         if not layers or any(type(layer) is not DynamicLayer for layer in layers):
-            self._note(f"{self.info['architecture']} has no cache that rows can share; the context is read again for each row")
+            self._note(
+                f"{self.info['architecture']} has no cache that rows can share; the context is read again for each row"
+            )
             return None
         with torch.no_grad():
             cache = DynamicCache(config=self.model.config)
@@ -194,7 +240,9 @@ class LM:
         bodies = [list(ids[start:-1]) for ids, _ in rows]
         length = max(map(len, bodies))
         ids = torch.tensor([body + [PAD] * (length - len(body)) for body in bodies], device=self.device)  # [B, L]
-        mask = torch.tensor([[1] * (start + len(b)) + [0] * (length - len(b)) for b in bodies], device=self.device)  # [B, P+L]
+        mask = torch.tensor(
+            [[1] * (start + len(b)) + [0] * (length - len(b)) for b in bodies], device=self.device
+        )  # [B, P+L]
         positions = torch.arange(start, start + length, device=self.device).expand(len(rows), -1)  # [B, L]
         out = self._backbone(
             input_ids=ids,
@@ -231,16 +279,20 @@ class LM:
         mask = torch.tensor([[1] * start + [0] * (length - len(b)) + [1] * len(b) for b in bodies], device=self.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]  # [B, L]
         cache = prefix.cache(len(prompts)) if prefix else DynamicCache(config=self.model.config)
-        sharable = all(type(layer) is DynamicLayer for layer in cache.layers)
+        sharable = all(type(layer) in (DynamicLayer, RoomyLayer) for layer in cache.layers)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds] if temperature > 0 else []
         written: list[list[int]] = [[] for _ in prompts]
         alive = list(range(len(prompts)))  # rows of the batch that still write
         for _ in range(max_new_tokens):
-            out = self._backbone(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
+            out = self._backbone(
+                input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
+            )
             logits = self.head(out.last_hidden_state[:, -1])  # [B, V]
             if temperature > 0:
                 probabilities = (logits / temperature).softmax(-1).cpu()  # [B, V]
-                rows = [torch.multinomial(p, 1, generator=generators[i]) for p, i in zip(probabilities, alive, strict=True)]
+                rows = [
+                    torch.multinomial(p, 1, generator=generators[i]) for p, i in zip(probabilities, alive, strict=True)
+                ]
                 chosen = torch.cat(rows).tolist()
             else:
                 chosen = logits.argmax(-1).tolist()
@@ -280,7 +332,8 @@ class LM:
             revision=self.info["revision"],
         )
         try:
-            self.peft = get_peft_model(self.model, config)
+            with quiet_peft():
+                self.peft = get_peft_model(self.model, config)
         except ValueError:
             raise ModelError(
                 f"lora.targets {lora.targets} matches no layer of {self.info['architecture']}",
@@ -301,7 +354,9 @@ class LM:
         try:
             config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise RunError(f"no adapter in {folder}", expected="adapter_config.json", fix="finish the run with --resume") from None
+            raise RunError(
+                f"no adapter in {folder}", expected="adapter_config.json", fix="finish the run with --resume"
+            ) from None
         made_for = made_for_hash(folder)
         if made_for and made_for != self.info["weights_sha256"]:
             raise ModelError(
@@ -311,9 +366,12 @@ class LM:
                 fix="load it on the model it was trained on",
             )
         try:
-            self.peft = PeftModel.from_pretrained(self.model, str(folder), is_trainable=False)
+            with quiet_peft():
+                self.peft = PeftModel.from_pretrained(self.model, str(folder), is_trainable=False)
         except (RuntimeError, ValueError) as error:
-            raise ModelError(f"the adapter in {folder} does not fit {self.info['name']}", found=str(error).split("\n")[0]) from None
+            raise ModelError(
+                f"the adapter in {folder} does not fit {self.info['name']}", found=str(error).split("\n")[0]
+            ) from None
         self.peft.eval()
 
     @contextlib.contextmanager
@@ -375,7 +433,9 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
-            f"model.device {name!r} cannot be used", expected="cpu, cuda, cuda:N or mps", found=str(error).split("\n")[0]
+            f"model.device {name!r} cannot be used",
+            expected="cpu, cuda, cuda:N or mps",
+            found=str(error).split("\n")[0],
         ) from None
     return device
 
@@ -388,6 +448,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """peft reads an attribute that transformers has renamed; the user can do nothing about the warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+@contextlib.contextmanager
 def loading(name: str) -> Iterator[None]:
     """Quiet transformers' own bars and turn its errors into ours."""
     transformers.utils.logging.disable_progress_bar()
@@ -395,7 +463,16 @@ def loading(name: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*generation flags.*")
             yield
-    except (OSError, ValueError, LookupError, ImportError, RuntimeError, AttributeError, TypeError, struct.error) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        ImportError,
+        RuntimeError,
+        AttributeError,
+        TypeError,
+        struct.error,
+    ) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise disk_error(cache_dir(), error) from None
         raise ModelError(
@@ -451,7 +528,9 @@ def locate(section: ModelSection, base_dir: Path, *, weights: bool = True) -> tu
             )
         return str(path), hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest() if files else None
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"no model folder at {path}", expected="a folder with config.json", fix="check model.name in the recipe")
+        raise ModelError(
+            f"no model folder at {path}", expected="a folder with config.json", fix="check model.name in the recipe"
+        )
     return name, None
 
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import logging
+import os
 import platform
 import queue
 import threading
@@ -28,7 +29,7 @@ from ctxdistill import evaluate as evaluation
 from ctxdistill import losses
 from ctxdistill import report as reports
 from ctxdistill import rows as data
-from ctxdistill.errors import DataError, GateError
+from ctxdistill.errors import DataError, GateError, RunError
 from ctxdistill.lm import LM, check_fit, load_tokenizer, packaged_gguf
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import DataSection, Recipe
@@ -71,6 +72,12 @@ def distill(
     Raises: `GateError` when there is nothing to teach (unless `gate.on_fail = "warn"`), and any other `CtxDistillError`.
     """
     progress = progress or no_progress
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(
+            "a run is one process for now",
+            found=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+            fix="start it without torchrun or accelerate launch",
+        )
     run = RunDir(out or Path("runs") / (recipe.name or "run"))
     lm, prompter, rows = prepare(recipe)
     manifest = describe(recipe, lm, prompter, rows)
@@ -91,7 +98,8 @@ def distill(
             )
         with timed(run, "label"):
             examples, validation = (
-                make_examples(recipe, lm, prompter, rows.pairs[split], store, progress) for split in ("train", "validation")
+                make_examples(recipe, lm, prompter, rows.pairs[split], store, progress)
+                for split in ("train", "validation")
             )
         save_prompts(run, prompter, rows, [*examples, *validation])
 
@@ -209,13 +217,17 @@ def prepare(recipe: Recipe) -> tuple[LM, Prompter, Data]:
             len(p.teacher) + (recipe.eval.max_new_tokens if evaluated else room.get(recipe.completions.source, n))
             for p, n in zip(found, answers, strict=True)
         ]
-        check_fit([(p.origin, n) for p, n in zip(found, need, strict=True)], lm.window, f"context, {split} query and answer")
+        check_fit(
+            [(p.origin, n) for p, n in zip(found, need, strict=True)], lm.window, f"context, {split} query and answer"
+        )
     return lm, prompter, Data(splits, pairs, counts)
 
 
 def read_rows(recipe: Recipe, prompter: Prompter) -> tuple[dict[str, tuple[list[Row], DataSection]], dict[str, Any]]:
     """Rows by split, checked: no duplicates, no overlap between demonstrations, queries and evaluation, no context in a query."""
-    found = data.read(recipe.queries, recipe, "queries", answers="required" if recipe.completions.source == "data" else "optional")
+    found = data.read(
+        recipe.queries, recipe, "queries", answers="required" if recipe.completions.source == "data" else "optional"
+    )
     left_out, dropped = found.left_out, 0
     queries, n = unique(found.rows, recipe.queries, prompter)
     dropped += n
@@ -237,10 +249,18 @@ def read_rows(recipe: Recipe, prompter: Prompter) -> tuple[dict[str, tuple[list[
     for row, part in [*((r, recipe.queries) for r in queries), *((r, section) for r in held_out)]:
         prompter.check_no_leak(row, part)
     training, validation = data.split(queries, recipe.train.validation, recipe.train.seed + 1)
-    splits = {"train": (training, recipe.queries), "validation": (validation, recipe.queries), "eval": (held_out, section)}
+    splits = {
+        "train": (training, recipe.queries),
+        "validation": (validation, recipe.queries),
+        "eval": (held_out, section),
+    }
     for name in ("train", "eval"):
         if not splits[name][0]:
-            raise DataError(f"no rows are left for {name}", found=f"{len(found.rows)} queries", fix="give more queries, or eval.data")
+            raise DataError(
+                f"no rows are left for {name}",
+                found=f"{len(found.rows)} queries",
+                fix="give more queries, or eval.data",
+            )
     counts = {name: len(part) for name, (part, _) in splits.items()}
     hashes = fingerprint([[r.id for r in part] for part, _ in splits.values()])
     counts |= {"demos": len(prompter.context.demos), "dropped_duplicates": dropped, "left_out_by_limit": left_out}
@@ -258,10 +278,22 @@ def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str
     """`recipe.json`: what made this run. Its fingerprint covers everything that the result depends on."""
     values = recipe.to_dict()
     c = recipe.context
-    context = {"sha256": prompter.fingerprint, "kinds": [k for k in type(c).model_fields if getattr(c, k) and not k.startswith("student")]}
-    preview = "\n".join(text for text, kind in prompter.parts(rows.splits["train"][0][0], recipe.queries, teacher=True) if kind == "context")
-    context |= {"tokens": len(rows.pairs["train"][0].teacher) - len(rows.pairs["train"][0].student), "preview": preview[:2000]}
-    versions = {name: importlib.metadata.version(name) for name in ("ctxdistill", "torch", "transformers", "peft", "accelerate")}
+    context = {
+        "sha256": prompter.fingerprint,
+        "kinds": [k for k in type(c).model_fields if getattr(c, k) and not k.startswith("student")],
+    }
+    preview = "\n".join(
+        text
+        for text, kind in prompter.parts(rows.splits["train"][0][0], recipe.queries, teacher=True)
+        if kind == "context"
+    )
+    context |= {
+        "tokens": len(rows.pairs["train"][0].teacher) - len(rows.pairs["train"][0].student),
+        "preview": preview[:2000],
+    }
+    versions = {
+        name: importlib.metadata.version(name) for name in ("ctxdistill", "torch", "transformers", "peft", "accelerate")
+    }
     return {
         "recipe": values,
         "base_dir": str(recipe.base_dir),
@@ -294,7 +326,13 @@ def stored_recipe(run: RunDir) -> Recipe:
 
 
 def run_gate(
-    recipe: Recipe, lm: LM, prompter: Prompter, rows: Data, store: TargetStore | None, run: RunDir | None, progress: Progress
+    recipe: Recipe,
+    lm: LM,
+    prompter: Prompter,
+    rows: Data,
+    store: TargetStore | None,
+    run: RunDir | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Score the arms that need no training, keep the scores in the run folder, and judge."""
     if run and (run / "gate.json").exists() and (run / "scores.jsonl").exists():
@@ -359,11 +397,20 @@ def make_examples(
     if not pairs:
         return []
     made = label(lm, prompter, pairs, recipe, store, progress=progress)
-    return [Example(pair.id, pair.student, target) for pair, targets in zip(pairs, made, strict=True) for target in targets]
+    return [
+        Example(pair.id, pair.student, target) for pair, targets in zip(pairs, made, strict=True) for target in targets
+    ]
 
 
 def measure(
-    recipe: Recipe, lm: LM, prompter: Prompter, rows: Data, store: TargetStore, run: RunDir, arms: Sequence[str], progress: Progress
+    recipe: Recipe,
+    lm: LM,
+    prompter: Prompter,
+    rows: Data,
+    store: TargetStore,
+    run: RunDir,
+    arms: Sequence[str],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Score `arms`, keep the stored scores of the others, time all of them side by side, make the tables."""
     pairs = rows.pairs["eval"]
@@ -382,7 +429,9 @@ def save_prompts(run: RunDir, prompter: Prompter, rows: Data, examples: Sequence
     """`prompts.jsonl`: the first rows as `ctxdistill show` prints them."""
     ids = {e.id: e.target.ids for e in reversed(examples)}
     flat = [(split, row, section) for split, (found, section) in rows.splits.items() for row in found][:most]
-    run.write_jsonl("prompts.jsonl", [prompter.shown(row, section, split, ids.get(row.id)) for split, row, section in flat])
+    run.write_jsonl(
+        "prompts.jsonl", [prompter.shown(row, section, split, ids.get(row.id)) for split, row, section in flat]
+    )
 
 
 def summary(recipe: Recipe, lm: LM, run: RunDir, state: State, examples: Sequence[Example]) -> dict[str, Any]:
@@ -392,7 +441,9 @@ def summary(recipe: Recipe, lm: LM, run: RunDir, state: State, examples: Sequenc
         "steps": state.step,
         "epochs": state.step / per_epoch,
         "stopped_early": state.stopped,
-        "best_step": state.best_step if state.best_step or dataclasses.asdict(state)["best_kl"] < float("inf") else state.step,
+        "best_step": state.best_step
+        if state.best_step or dataclasses.asdict(state)["best_kl"] < float("inf")
+        else state.step,
         "best_validation_kl": state.best_kl if state.best_kl < float("inf") else None,
         "seconds": state.seconds,
         "trainable_parameters": sum(p.numel() for p in lm.trainable().values()),
@@ -412,7 +463,9 @@ def truncated(recipe: Recipe, examples: Sequence[Example]) -> int:
     return sum(len(e.target.ids) >= limit for e in examples)
 
 
-def cost(recipe: Recipe, run: RunDir, rows: Data, examples: Sequence[Example], result: dict[str, Any]) -> dict[str, Any]:
+def cost(
+    recipe: Recipe, run: RunDir, rows: Data, examples: Sequence[Example], result: dict[str, Any]
+) -> dict[str, Any]:
     """What distilling took, what a request saves, and after how many requests it has paid for itself."""
     seconds = {"gate": 0.0, "label": 0.0, "train": 0.0, "evaluate": 0.0}
     for line in run.read_jsonl("timings.jsonl"):
@@ -421,7 +474,9 @@ def cost(recipe: Recipe, run: RunDir, rows: Data, examples: Sequence[Example], r
     table = result["table"]
     saved = table["in_context"]["prompt_tokens"]["mean"] - table["distilled"]["prompt_tokens"]["mean"]
     timed_arms = all("latency_ms" in table[arm] for arm in ("in_context", "distilled"))
-    ms_saved = table["in_context"]["latency_ms"]["mean"] - table["distilled"]["latency_ms"]["mean"] if timed_arms else None
+    ms_saved = (
+        table["in_context"]["latency_ms"]["mean"] - table["distilled"]["latency_ms"]["mean"] if timed_arms else None
+    )
     lengths = sum(len(e.prompt) + len(e.target.ids) for e in examples)
     # In forwards of one token: the teacher reads the context once and each row once; a training step is about 3 forwards.
     tokens = round(saved) + lengths + 3 * lengths * result["training"]["epochs"]
@@ -449,9 +504,13 @@ def notes(lm: LM, rows: Data, examples: Sequence[Example], recipe: Recipe) -> li
     if n := rows.counts["left_out_by_limit"]:
         found.append(f"{n} rows were left out by a limit in the recipe")
     if n := truncated(recipe, examples):
-        found.append(f"{n} of {len(examples)} training completions reached max_new_tokens = {recipe.completions.max_new_tokens} without an end")
+        found.append(
+            f"{n} of {len(examples)} training completions reached max_new_tokens = {recipe.completions.max_new_tokens} without an end"
+        )
     if (mass := captured_mass([e.target for e in examples])) is not None:
-        found.append(f"top-{recipe.targets.k} targets hold {100 * mass:.1f} % of the teacher's probability; the rest is one bucket")
+        found.append(
+            f"top-{recipe.targets.k} targets hold {100 * mass:.1f} % of the teacher's probability; the rest is one bucket"
+        )
     if recipe.model.trust_remote_code:
         found.append("the model ran code of its own (trust_remote_code)")
     return found

@@ -110,7 +110,9 @@ class Prompter:
         special = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         after = [i for token, i in sorted(special.items(), key=lambda pair: -len(pair[0])) if tail.startswith(token)]
         if not after and eos is None:
-            raise ModelError(f"the tokenizer of {self.recipe.model.name} has no end-of-sequence token", fix="use another model")
+            raise ModelError(
+                f"the tokenizer of {self.recipe.model.name} has no end-of-sequence token", fix="use another model"
+            )
         return (after[0] if after else eos,)
 
     @property
@@ -198,7 +200,11 @@ class Prompter:
         value = row.fields.get(column)
         if isinstance(value, str):
             return [{"role": "user", "content": value}]
-        if isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value):
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+        ):
             return value
         raise DataError(
             f"{row.origin}: column {column!r} is neither a text nor a list of messages",
@@ -333,7 +339,9 @@ class Prompter:
             name: [{"text": text, "kind": kind} for text, kind in self.parts(row, section, teacher=name == "teacher")]
             for name in ("teacher", "student")
         }
-        tokens = None if completion is None else [list(p) for p in zip(self.pieces(completion), completion, strict=True)]
+        tokens = (
+            None if completion is None else [list(p) for p in zip(self.pieces(completion), completion, strict=True)]
+        )
         return {
             "id": row.id, "split": split, **sides, "completion": tokens,
             "teacher_tokens": len(pair.teacher), "student_tokens": len(pair.student),

@@ -28,7 +28,9 @@ NotNegative = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class ModelSection(Section):
@@ -153,8 +155,9 @@ class TargetsSection(Section):
     """Number of tokens kept by `topk`."""
     dir: str | None = None
     """Folder of the target store. Unset: `targets/` in the run folder. Shared between runs, it saves asking the teacher twice."""
-    batch_size: Positive = 8
-    """Rows per teacher forward pass."""
+    batch_size: Positive = 16
+    """Rows per teacher forward pass, and per generation and evaluation batch. Part of what makes a run bit for bit
+    repeatable."""
 
 
 class LoraSection(Section):
@@ -288,7 +291,9 @@ class Recipe(Section):
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"cannot read {path}: {error}", expected="a readable UTF-8 text file") from None
         except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"{path} is not valid TOML: {error}", fix="strings need quotes; see docs/recipe.md") from None
+            raise RecipeError(
+                f"{path} is not valid TOML: {error}", fix="strings need quotes; see docs/recipe.md"
+            ) from None
         apply_overrides(raw, overrides)
         raw.setdefault("name", path.stem)
         return cls.from_dict(raw, base_dir=path.resolve().parent)
@@ -347,7 +352,9 @@ class Recipe(Section):
         if self.completions.source == "label" and not p.label_words:
             problems.append('completions.source = "label" needs prompt.label_words')
         if self.completions.samples > 1 and self.completions.temperature == 0:
-            problems.append("completions.samples above 1 needs completions.temperature above 0; greedy samples are all the same")
+            problems.append(
+                "completions.samples above 1 needs completions.temperature above 0; greedy samples are all the same"
+            )
         if self.completions.samples > 1 and self.completions.source != "teacher":
             problems.append('completions.samples above 1 needs completions.source = "teacher"')
         if self.targets.kind == "topk" and self.train.temperature != 1:
@@ -356,7 +363,9 @@ class Recipe(Section):
                 'use targets.kind = "hidden"'
             )
         if c.demos_limit and c.student_demos > c.demos_limit:
-            problems.append(f"context.student_demos = {c.student_demos} is more than context.demos_limit = {c.demos_limit}")
+            problems.append(
+                f"context.student_demos = {c.student_demos} is more than context.demos_limit = {c.demos_limit}"
+            )
         if not all(word.strip() for word in p.label_words):
             problems.append("prompt.label_words: an empty word")
         if len(set(p.label_words)) != len(p.label_words) or (p.label_words and len(p.label_words) < 2):
@@ -379,7 +388,9 @@ class Recipe(Section):
         known = {"exact_match", "format", "field_accuracy", "label_accuracy", "macro_f1"}
         for metric in self.eval.metrics:
             if metric not in known and not re.fullmatch(r"[\w.]+:\w+", metric):
-                problems.append(f"eval.metrics: unknown metric {metric!r}{_nearest(metric, known)}; or give module:function")
+                problems.append(
+                    f"eval.metrics: unknown metric {metric!r}{_nearest(metric, known)}; or give module:function"
+                )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -402,7 +413,9 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"[\w.]+", key):
-            raise RecipeError(f"cannot read the override {override!r}", expected="section.key=value", fix="for example: train.lr=1e-4")
+            raise RecipeError(
+                f"cannot read the override {override!r}", expected="section.key=value", fix="for example: train.lr=1e-4"
+            )
         try:
             (value,) = tomllib.loads(f"value = {text}").values()  # one value; a second line would be another key
         except ValueError:

@@ -7,6 +7,7 @@ recipe, known by its fingerprint, and one process at a time.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -43,7 +44,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise disk_error(path, error, len(raw)) from None
 
 
@@ -94,7 +96,9 @@ class RunDir:
             holder = os.pread(self._lock, 64, 0).decode(errors="replace").strip()
             os.close(self._lock)
             self._lock = None
-            raise RunError(f"{self.path} is in use by process {holder}", fix="wait for it, or choose another --out") from None
+            raise RunError(
+                f"{self.path} is in use by process {holder}", fix="wait for it, or choose another --out"
+            ) from None
         try:
             self._check_owner(identity, resume)
         except RunError:
@@ -105,7 +109,11 @@ class RunDir:
 
     def _check_owner(self, identity: str, resume: bool) -> None:
         if not (self / "recipe.json").is_file():
-            strangers = [p.name for p in self.path.iterdir() if p.name not in {".lock", "targets"} and not p.name.endswith(".tmp")]
+            strangers = [
+                p.name
+                for p in self.path.iterdir()
+                if p.name not in {".lock", "targets"} and not p.name.endswith(".tmp")
+            ]
             if strangers:
                 raise RunError(
                     f"{self.path} is not empty and is not a run folder",
@@ -141,7 +149,9 @@ class RunDir:
         try:
             return json.loads((self / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise RunError(f"{self / name} is missing", fix="finish the run with `ctxdistill distill ... --resume`") from None
+            raise RunError(
+                f"{self / name} is missing", fix="finish the run with `ctxdistill distill ... --resume`"
+            ) from None
         except (OSError, ValueError) as error:
             raise RunError(f"{self / name} is damaged: {error}", fix="delete the run folder and start again") from None
 
@@ -168,5 +178,7 @@ class RunDir:
             try:
                 values.append(json.loads(line))
             except ValueError:
-                raise RunError(f"{path}:{number} is damaged", fix="delete this file and run again with --resume") from None
+                raise RunError(
+                    f"{path}:{number} is damaged", fix="delete this file and run again with --resume"
+                ) from None
         return values

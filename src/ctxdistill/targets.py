@@ -57,7 +57,9 @@ class TargetStore:
             stored = json.loads(index.read_text(encoding="utf-8"))
             self.shards, self.where = dict(stored["shards"]), dict(stored["keys"])
         except (ValueError, KeyError, OSError) as error:
-            raise RunError(f"{index} is damaged: {error}", fix=f"delete {folder}; the targets will be made again") from None
+            raise RunError(
+                f"{index} is damaged: {error}", fix=f"delete {folder}; the targets will be made again"
+            ) from None
         for name, sha in self.shards.items():
             path = folder / name
             found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
@@ -116,12 +118,18 @@ def label(
     `completions` and `kind` take the place of the recipe's, for rows that are evaluated and not trained on.
     """
     completions, kind = completions or recipe.completions, kind or recipe.targets
-    base = fingerprint([lm.fingerprint, prompter.end, completions.model_dump(), kind.kind, kind.k if kind.kind == "topk" else 0])
+    base = fingerprint(
+        [lm.fingerprint, prompter.end, completions.model_dump(), kind.kind, kind.k if kind.kind == "topk" else 0]
+    )
     if completions.source == "label":
         base = fingerprint([base, prompter.labels])
     seed = recipe.train.seed if completions.temperature > 0 else 0
     jobs = [
-        Job(pair, sample, fingerprint([base, pair.teacher, pair.answer if completions.source == "data" else None, sample, seed]))
+        Job(
+            pair,
+            sample,
+            fingerprint([base, pair.teacher, pair.answer if completions.source == "data" else None, sample, seed]),
+        )
         for pair in pairs
         for sample in range(completions.samples)
     ]

@@ -61,7 +61,9 @@ def position_loss(
 
     The teacher's side is `targets` in a row; `stats` collects sums over positions for the log.
     """
-    kept = {name: torch.cat([t.tensors[name] for t in targets]).to(lm.device) for name in targets[0].tensors}  # [P, ...]
+    kept = {
+        name: torch.cat([t.tensors[name] for t in targets]).to(lm.device) for name in targets[0].tensors
+    }  # [P, ...]
     ids = torch.tensor([i for t in targets for i in t.ids], device=lm.device)  # [P]
 
     def loss(hidden: torch.Tensor, where: slice) -> torch.Tensor:
@@ -90,7 +92,9 @@ def position_loss(
     return loss
 
 
-def batch_loss(lm: LM, batch: Sequence[Example], section: TrainSection, stats: dict[str, float] | None = None) -> torch.Tensor:
+def batch_loss(
+    lm: LM, batch: Sequence[Example], section: TrainSection, stats: dict[str, float] | None = None
+) -> torch.Tensor:
     """Sum of the loss over all supervised positions of `batch`, from one student forward."""
     hidden = torch.cat(lm.hidden([join(e.prompt, e.target.ids) for e in batch]))  # [P, d]
     chunk = max(16, 2**24 // lm.model.config.get_text_config().vocab_size)  # 64 MB of fp32 logits at a time
@@ -102,7 +106,9 @@ def batch_loss(lm: LM, batch: Sequence[Example], section: TrainSection, stats: d
 def mean_kl(lm: LM, examples: Sequence[Example], batch_size: int) -> float:
     """Mean KL(teacher || student) per supervised token, in nats."""
     section = TrainSection(loss="forward_kl")
-    total = sum(batch_loss(lm, examples[i : i + batch_size], section).item() for i in range(0, len(examples), batch_size))
+    total = sum(
+        batch_loss(lm, examples[i : i + batch_size], section).item() for i in range(0, len(examples), batch_size)
+    )
     return total / sum(len(e.target.ids) for e in examples)
 
 
@@ -136,24 +142,27 @@ def train(
     Raises: `TrainError` when the loss or a gradient is not finite, or no gradient reaches the adapter.
     """
     accelerator = Accelerator(cpu=lm.device.type == "cpu")
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     parameters = lm.trainable()
     optimizer = torch.optim.AdamW(parameters.values(), lr=section.lr, weight_decay=section.weight_decay)
     per_epoch = math.ceil(len(examples) / section.batch_size)
     steps = per_epoch * section.epochs
     state = restore(run, parameters, optimizer)
-    drop_later_metrics(run, state.step)
+    if main:
+        drop_later_metrics(run, state.step)
     lm.peft.train()
     if section.gradient_checkpointing:
         lm.model.activation_checkpointing_enable()
         lm.model.enable_input_require_grads()
     if state.step == 0 and validation:
-        validate(lm, validation, section, state, per_epoch, run, parameters)
+        validate(lm, validation, section, state, per_epoch, run if main else None, parameters)
 
     while state.step < steps and not state.stopped:
         started = time.perf_counter()
         epoch, position = divmod(state.step, per_epoch)
-        rows = order(len(examples), epoch, section.seed)[position * section.batch_size : (position + 1) * section.batch_size]
+        rows = order(len(examples), epoch, section.seed)[
+            position * section.batch_size : (position + 1) * section.batch_size
+        ]
         batch = [examples[i] for i in rows]
         tokens = sum(len(e.target.ids) for e in batch)  # of all processes: the one denominator of this step
         mine = batch[rank::world]
@@ -173,7 +182,10 @@ def train(
                 parameter.grad = accelerator.reduce(
                     parameter.grad if parameter.grad is not None else torch.zeros_like(parameter), "sum"
                 )
-            stats = {k: v.item() for k, v in accelerator.reduce({k: torch.tensor(v) for k, v in sorted(stats.items())}, "sum").items()}
+            stats = {
+                k: v.item()
+                for k, v in accelerator.reduce({k: torch.tensor(v) for k, v in sorted(stats.items())}, "sum").items()
+            }
             total = accelerator.reduce(torch.tensor(total), "sum").item()
         norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), section.clip))
         check_step(state.step + 1, total, norm, batch)
@@ -181,16 +193,28 @@ def train(
         state.step += 1
         state.tokens += tokens
         state.seconds += time.perf_counter() - started
-        if accelerator.is_main_process:
-            line = {"event": "step", "step": state.step, "epoch": state.step / per_epoch, "loss": total, "lr": rate, "grad_norm": norm}
-            line |= {"tokens": tokens, **{k: v / tokens for k, v in stats.items()}, "seconds": time.perf_counter() - started}
+        if main:
+            line = {
+                "event": "step",
+                "step": state.step,
+                "epoch": state.step / per_epoch,
+                "loss": total,
+                "lr": rate,
+                "grad_norm": norm,
+            }
+            line |= {
+                "tokens": tokens,
+                **{k: v / tokens for k, v in stats.items()},
+                "seconds": time.perf_counter() - started,
+            }
             run.append("metrics.jsonl", line)
         progress(f"train (loss {total:.3f})", state.step, steps)
         if validation and state.step % per_epoch == 0:
-            validate(lm, validation, section, state, per_epoch, run, parameters)
-        if accelerator.is_main_process and (state.step % section.checkpoint_every == 0 or state.step == steps or state.stopped):
+            validate(lm, validation, section, state, per_epoch, run if main else None, parameters)
+        if main and (state.step % section.checkpoint_every == 0 or state.step == steps or state.stopped):
             checkpoint(run, state, parameters, optimizer)
 
+    accelerator.wait_for_everyone()
     if validation:
         load_tensors(run / "checkpoints/best.safetensors", parameters)
     lm.peft.eval()
@@ -203,21 +227,28 @@ def validate(
     section: TrainSection,
     state: State,
     per_epoch: int,
-    run: RunDir,
+    run: RunDir | None,
     parameters: dict[str, torch.nn.Parameter],
 ) -> None:
-    """Measure the KL on held-out queries, keep the adapter if it is the best so far, note when to stop."""
+    """Measure the KL on held-out queries, keep the adapter if it is the best so far, note when to stop.
+
+    `run` is None in all processes but the first, which alone writes.
+    """
     lm.peft.eval()
     kl = mean_kl(lm, validation, section.batch_size)
     lm.peft.train()
     best = kl < state.best_kl
     if best:
         state.best_kl, state.best_step, state.stale_epochs = kl, state.step, 0
-        write_atomic(run / "checkpoints/best.safetensors", save({n: p.detach().contiguous() for n, p in parameters.items()}))
+        if run:
+            tensors = {n: p.detach().contiguous() for n, p in parameters.items()}
+            write_atomic(run / "checkpoints/best.safetensors", save(tensors))
     else:
         state.stale_epochs += 1
         state.stopped = 0 < section.patience <= state.stale_epochs
-    run.append("metrics.jsonl", {"event": "validation", "step": state.step, "epoch": state.step / per_epoch, "kl": kl, "best": best})
+    if run:
+        line = {"event": "validation", "step": state.step, "epoch": state.step / per_epoch, "kl": kl, "best": best}
+        run.append("metrics.jsonl", line)
 
 
 def check_step(step: int, loss: float, norm: float, batch: Sequence[Example]) -> None:
@@ -285,7 +316,9 @@ def open_checkpoint(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise TrainError(f"the checkpoint {path} is damaged: {error}", fix="delete it and go on with --resume from the one before") from None
+        raise TrainError(
+            f"the checkpoint {path} is damaged: {error}", fix="delete it and go on with --resume from the one before"
+        ) from None
 
 
 def drop_later_metrics(run: RunDir, step: int) -> None:
