@@ -83,7 +83,8 @@ def main() -> int:
         "benchmark": "labelling", "rows": len(rows), "prompt_tokens": sum(len(i) - n for i, n in rows) / len(rows),
         "completion_tokens": sum(n for _, n in rows) / len(rows), "seconds_context_once": round(fast, 2),
         "seconds_context_per_row": round(slow, 2), "ratio": round(slow / fast, 1), "largest_difference": gap,
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(), "model": Path(options.model).name,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
+        "model": Path(options.model).name,
     }  # fmt: skip
     print(json.dumps(report, indent=1))
     if gap > 1e-4:

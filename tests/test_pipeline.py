@@ -58,6 +58,7 @@ def test_a_run_leaves_everything_behind(run: pipeline.Run) -> None:
     assert len(shown) == 24 and shown[0]["completion"] and shown[-1]["completion"] is None
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
 def test_the_adapter_loads_without_us_and_is_the_student(run: pipeline.Run) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -85,13 +86,50 @@ def test_the_adapter_loads_without_us_and_is_the_student(run: pipeline.Run) -> N
 
 
 def test_evaluating_again_gives_the_same_numbers(run: pipeline.Run) -> None:
-    before = [s for s in RunDir(run.path).read_jsonl("scores.jsonl")]
+    before = RunDir(run.path).read_jsonl("scores.jsonl")
     again = pipeline.evaluate(run.path)
     assert again["kl_closed"] == run.evaluation["kl_closed"] and again["gap_closed"] == run.evaluation["gap_closed"]
     assert again["gate"] == run.evaluation["gate"]
+    assert again["cost"] == run.evaluation["cost"]
     for old, new in zip(before, RunDir(run.path).read_jsonl("scores.jsonl"), strict=True):
         assert (old["arm"], old["prediction"], old["metrics"]) == (new["arm"], new["prediction"], new["metrics"])
         assert old["kl"] == pytest.approx(new["kl"], abs=1e-6)
+
+
+def test_evaluating_other_rows_is_refused(job: Path) -> None:
+    made = pipeline.distill(recipe(job), job / "run")
+    tiny.write_jsonl(job / "eval.jsonl", [{"prompt": "please say elk", "answer": "ELK"}])
+    with pytest.raises(RunError, match="belongs to another recipe"):
+        pipeline.evaluate(made.path)
+
+
+def test_a_finished_run_costs_the_same_when_it_is_resumed(job: Path) -> None:
+    first = pipeline.distill(recipe(job), job / "run")
+    again = pipeline.distill(recipe(job), job / "run", resume=True)
+    assert again.evaluation["cost"]["seconds"] == first.evaluation["cost"]["seconds"]
+
+
+def test_fine_tuning_is_judged_by_its_own_loss(job: Path) -> None:
+    tuned = recipe(job, completions={"source": "data"}, train__ce_weight=1.0, train__epochs=6, train__patience=0)
+    made = pipeline.distill(tuned, job / "run")
+    assert made.evaluation["training"]["best_step"] > 0
+    checks = [x for x in RunDir(job / "run").read_jsonl("metrics.jsonl") if x["event"] == "validation"]
+    assert min(x["loss"] for x in checks) == [x for x in checks if x["best"]][-1]["loss"] < checks[0]["loss"]
+
+
+def test_contexts_of_each_row_may_share_a_question(job: Path) -> None:
+    raw = tiny.recipe_dict(job, context={"column": "ctx"})
+    rows = [
+        {"prompt": "say it", "ctx": f"The word is {w}, and you must shout it."}
+        for w in ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen"]
+    ]
+    tiny.write_jsonl(job / "queries.jsonl", rows[:6])
+    tiny.write_jsonl(job / "eval.jsonl", rows[6:])
+    made = pipeline.distill(Recipe.from_dict(raw, base_dir=job), job / "run")
+    assert made.evaluation["rows"] == 2
+    tiny.write_jsonl(job / "queries.jsonl", [*rows[:6], rows[6]])
+    with pytest.raises(DataError, match=r"eval\.jsonl:1"):
+        pipeline.prepare(Recipe.from_dict(raw, base_dir=job))
 
 
 def test_try_streams_each_arm(run: pipeline.Run) -> None:
@@ -120,6 +158,10 @@ def test_the_gate_stops_and_can_be_told_not_to(job: Path) -> None:
     with pytest.raises(GateError, match="nothing to teach"):
         pipeline.distill(recipe(job, gate={"min_kl": 100.0}), job / "run")
     assert not (job / "run" / "adapter").exists()
+    # what the message advises works: the same folder, no --resume needed
+    told = pipeline.distill(recipe(job, gate={"min_kl": 100.0, "on_fail": "warn"}), job / "run")
+    assert told.evaluation["gate"]["verdict"] == "nothing to teach"
+    assert told.adapter.is_dir()
     verdict = pipeline.gate(recipe(job, gate={"min_kl": 100.0}))
     assert verdict["verdict"] == "nothing to teach" and verdict["fits"] and verdict["window"] == 512
     assert verdict["estimate"]["seconds"] > 0 and verdict["estimate"]["memory_mb"] > 0
@@ -169,7 +211,7 @@ def test_overlap_and_duplicates_are_refused_or_dropped_and_counted(job: Path) ->
     tiny.write_jsonl(
         job / "eval.jsonl", [{"prompt": "Say  ANT", "answer": "ANT"}, {"prompt": "please say elk", "answer": "ELK"}]
     )
-    with pytest.raises(DataError, match="eval.jsonl:1"):
+    with pytest.raises(DataError, match=r"eval\.jsonl:1"):
         pipeline.prepare(made)
     raw = tiny.recipe_dict(job, queries__duplicates="drop")
     with open(job / "queries.jsonl", "a") as file:

@@ -69,10 +69,58 @@ def test_no_context_is_explicit(tmp_path: Path, system: str | None, start: str) 
     )
     recorded = p.student_prompt()
     assert recorded["text"] == start + "<|user|>{query}</s><|assistant|>"
-    assert recorded["template_inserts"] == ("<s><|system|>be kind</s><|user|>" if system is None else "")
+    assert recorded["template_inserts"] == ("<|system|>be kind" if system is None else "")
     # what is recorded is what is served: putting the query in gives the very ids of training
     served = p.tokenizer(recorded["text"].replace("{query}", "say emu"), add_special_tokens=False)["input_ids"]
     assert tuple(served) == p.pair(row(prompt="say emu"), p.recipe.queries).student
+
+
+def test_what_is_recorded_is_what_is_served_with_a_pattern_and_kept_demonstrations(tmp_path: Path) -> None:
+    p = prompter(tmp_path, prompt__pattern="Word: {prompt}", context__student_demos=1)
+    recorded = p.student_prompt()
+    assert recorded["text"].endswith(
+        "<|user|>Word: say green</s><|assistant|>GREEN</s><|user|>Word: {query}</s><|assistant|>"
+    )
+    assert recorded["template_inserts"] == "<|system|>be kind"
+    served = p.tokenizer(recorded["text"].replace("{query}", "say emu"), add_special_tokens=False)["input_ids"]
+    assert tuple(served) == p.pair(row(prompt="say emu"), p.recipe.queries).student
+
+    p = prompter(tmp_path, tiny.tokenizer(chat=False), **TEXT, context__student_demos=1)
+    recorded = p.student_prompt()
+    assert recorded["fields"] == ["{query}"] and recorded["add_special_tokens"]
+    served = p.tokenizer(recorded["text"].replace("{query}", "say emu"))["input_ids"]
+    assert tuple(served) == p.pair(row(prompt="say emu"), p.recipe.queries).student
+
+
+def test_answers_follow_their_pattern_in_demonstrations_and_completions(tmp_path: Path) -> None:
+    p = prompter(tmp_path, prompt__answer_pattern="Answer: {answer}")
+    pair = p.pair(row(prompt="say emu", answer="EMU"), p.recipe.queries)
+    assert "<|assistant|>Answer: RED</s>" in text(p, pair.teacher)
+    assert text(p, p.completion("EMU")) == "Answer: EMU</s>"
+    assert p.reference(pair.answer) == "Answer: EMU"
+
+
+def test_messages_that_hold_the_answer_are_refused(tmp_path: Path) -> None:
+    p = prompter(tmp_path, queries__messages="messages")
+    messages = [{"role": "user", "content": "say emu"}, {"role": "assistant", "content": "EMU"}]
+    with pytest.raises(DataError, match="end with an assistant's turn"):
+        p.pair(row(messages=messages), p.recipe.queries)
+
+
+def test_a_list_in_the_text_style_is_refused(tmp_path: Path) -> None:
+    p = prompter(tmp_path, tiny.tokenizer(chat=False), prompt=TEXT["prompt"], context={"column": "ctx"})
+    with pytest.raises(DataError, match="is not a text"):
+        p.pair(row(prompt="say emu", ctx=[{"role": "user", "content": "hi"}]), p.recipe.queries)
+
+
+def test_a_query_that_reads_like_the_template(tmp_path: Path) -> None:
+    p = prompter(tmp_path)
+    parts = p.parts(row(prompt="user"), p.recipe.queries, teacher=False)
+    assert parts == [
+        ("<s><|system|>be kind</s><|user|>", "template"),
+        ("user", "query"),
+        ("</s><|assistant|>", "template"),
+    ]
 
 
 def test_the_student_may_keep_demonstrations(tmp_path: Path) -> None:

@@ -544,7 +544,8 @@ def test_the_card_says_how_to_serve(run: Path) -> None:
     code = re.search(r"```python\n(.*?)\n```", body, re.DOTALL)
     assert code
     compile(code[1], "card", "exec")
-    assert f"prompt = {prompt!r}.replace(" in code[1]
+    assert f"prompt = {prompt!r}" in code[1]
+    assert """prompt = prompt.replace('{query}', "your query")""" in code[1]
     assert (
         "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct --revision 12fd25f "
         "--enable-lora --lora-modules reminders=path/to/this/folder" in body

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,29 +95,28 @@ def test_parquet(tmp_path: Path) -> None:
     assert "cannot be read as Parquet" in fails(tmp_path, "q.parquet", b"PAR1 no")
 
 
-class Table(list[Any]):
-    def select(self, indices: range) -> list[Any]:
-        return [self[i] for i in indices]
-
-
 def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
     asked: list[Any] = []
 
-    def load_dataset(*args: Any, **kwargs: Any) -> Table:
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
         asked.append((args, kwargs))
-        return Table({"prompt": f"p{i}"} for i in range(5))
+        features = Features({"prompt": Value("string"), "answer": ClassLabel(names=["no", "yes"])})
+        return Dataset.from_dict({"prompt": [f"p{i}" for i in range(5)], "answer": [1, -1, 0, 1, 0]}, features=features)
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     r = recipe(tmp_path, queries={"data": "hub:owner/name", "config": "c", "split": "dev", "limit": 2})
     got = data.read(r.queries, r, "queries")
     assert asked == [(("owner/name", "c"), {"split": "dev"})]
     assert [x.origin for x in got.rows] == ["owner/name:dev:1", "owner/name:dev:2"]
     assert (got.left_out, got.source) == (3, "owner/name (c, dev)")
+    assert [x.fields["answer"] for x in got.rows] == ["yes", None]  # class labels by name; -1 is the hub's "no label"
 
-    def broken(*args: Any, **kwargs: Any) -> Table:
+    def broken(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("offline\nand more")
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=broken))
+    monkeypatch.setattr("datasets.load_dataset", broken)
     with pytest.raises(DataError, match=r"(?s)owner/name \(c, dev\).*ConnectionError: offline\n.*queries\.split"):
         data.read(r.queries, r, "queries")
 

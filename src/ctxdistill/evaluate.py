@@ -8,6 +8,8 @@ teacher's own greedy completions with exact targets; every estimate comes with a
 from __future__ import annotations
 
 import importlib
+import math
+import numbers
 import re
 import statistics
 import sys
@@ -26,6 +28,8 @@ from ctxdistill.recipe import CompletionsSection, EvalSection, Recipe, TargetsSe
 from ctxdistill.rundir import Progress, no_progress
 from ctxdistill.targets import Target, TargetStore, label, score_labels
 
+FEW_ROWS = 30
+"""Below this, a gain that is there but not proven does not stop a run."""
 ARMS = ("zero_shot", "in_context", "distilled")
 Score = dict[str, Any]
 Metric = Callable[[str, str | None, Mapping[str, Any]], float | None]
@@ -93,19 +97,23 @@ def load_function(name: str, recipe: Recipe) -> Metric:
     sys.path.insert(0, folder)
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the user's module raises what it likes
         raise RecipeError(
-            f"eval.metrics: cannot load {name!r}: {error}",
+            f"eval.metrics: cannot load {name!r}: {type(error).__name__}: {error}",
             expected="a module beside the recipe or installed, and a function in it",
         ) from None
     finally:
         sys.path.remove(folder)
 
-    def metric(prediction: str, answer: str | None, row: Mapping[str, Any]) -> float:
-        value = found(prediction, answer, row)
-        if not isinstance(value, int | float):
-            raise RecipeError(f"{name} returned {value!r}", expected="a number")
-        return float(value)
+    def metric(prediction: str, answer: str | None, row: Mapping[str, Any]) -> float | None:
+        given = f"prediction {prediction!r:.60}, answer {answer!r:.60}"
+        try:
+            value = found(prediction, answer, row)
+        except Exception as error:
+            raise RecipeError(f"{name} failed: {type(error).__name__}: {error}", found=given) from error
+        if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
+            raise RecipeError(f"{name} returned {value!r}", expected="a finite number, or None", found=given)
+        return None if value is None else float(value)
 
     return metric
 
@@ -121,8 +129,10 @@ def teacher_targets(
     store: TargetStore,
     progress: Progress = no_progress,
 ) -> list[Target]:
-    """The teacher's greedy answers on held-out rows, with its exact hidden states."""
-    completions = CompletionsSection(source="teacher", temperature=0.0, max_new_tokens=recipe.eval.max_new_tokens)
+    """The teacher's own answers on held-out rows (greedy, or its label), with its exact hidden states."""
+    completions = CompletionsSection(
+        source="label" if recipe.prompt.label_words else "teacher", max_new_tokens=recipe.eval.max_new_tokens
+    )
     kind = TargetsSection(kind="hidden", batch_size=recipe.targets.batch_size)
     made = label(
         lm,
@@ -158,7 +168,7 @@ def score_arm(
         prefix = lm.prefix(prompts)
         for start in range(0, len(pairs), batch):
             some = slice(start, start + batch)
-            if arm == "in_context":
+            if arm == "in_context" and not recipe.prompt.label_words:
                 written = [list(target.ids) for target in targets[some]]
             else:
                 written = lm.generate(
@@ -174,9 +184,10 @@ def score_arm(
             for pair, target, prediction, text, hidden in zip(
                 pairs[some], targets[some], predictions, greedy, hiddens, strict=True
             ):
+                answer = prompter.reference(pair.answer)
                 score = {
-                    "arm": arm, "row": pair.id, "query": pair.query, "answer": pair.answer, "prediction": prediction,
-                    "metrics": {name: metric(prediction, pair.answer, pair.fields) for name, metric in metrics.items()},
+                    "arm": arm, "row": pair.id, "query": pair.query, "answer": answer, "prediction": prediction,
+                    "metrics": {name: metric(prediction, answer, pair.fields) for name, metric in metrics.items()},
                     "prompt_tokens": len(pair.teacher if arm == "in_context" else pair.student),
                     **fidelity(lm, prompter, target, hidden if arm != "in_context" else None),
                 }  # fmt: skip
@@ -363,11 +374,16 @@ def gate_verdict(
     if metric:
         gain = stats.paired_difference(column(teacher, metric), column(base, metric), **options).to_dict()
         text = f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}] points of {metric}"
+        best = max(float(column(rows, metric).mean()) for rows in (base, teacher))
         if gain["low"] > recipe.gate.min_gain:
             reasons.append(f"the context helps: {text}")
+        elif metric == "exact_match" and best < 0.05 and not recipe.eval.metrics:
+            reasons.append(f"exact match says nothing here, both arms are below 5 %: {text}; judged by the KL alone")
+        elif gain["n"] < FEW_ROWS and gain["mean"] > recipe.gate.min_gain:
+            reasons.append(f"whether it helps cannot be told with {gain['n']} rows: {text}; going on")
         else:
             teach = False
-            reasons.append(f"the context does not help, or it cannot be told with {gain['n']} rows: {text}")
+            reasons.append(f"the context does not help on {gain['n']} rows: {text}")
     lengths = [len(pair.student) for pair in pairs]
     extra = [len(pair.teacher) - len(pair.student) for pair in pairs]
     return {

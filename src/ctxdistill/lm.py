@@ -11,11 +11,13 @@ Dimensions: B batch, L sequence, P prefix, T supervised positions, V vocabulary,
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -28,19 +30,20 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from ctxdistill.errors import FitError, ModelError, RunError
 from ctxdistill.recipe import LoraSection, ModelSection
-from ctxdistill.rundir import disk_error, fingerprint
+from ctxdistill.rundir import disk_error, fingerprint, write_atomic
 
 PAD = 0  # padding is masked everywhere, so any id that has an embedding will do; a tokenizer's own may have none
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class RoomyLayer(DynamicLayer):
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     """A cache layer with room at its end: a new token is written in place, where `DynamicLayer` copies the whole past
     for each. Starts from a shared prefix, which is copied once per batch and never written to."""
 
@@ -186,7 +189,7 @@ class LM:
         logits = logits.float()
         if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
             logits = torch.tanh(logits / cap) * cap
-        return logits
+        return torch.as_tensor(logits)
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -392,7 +395,10 @@ class LM:
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
     """Longest common start that leaves every sequence at least one token."""
-    low, high = min(sequences), max(sequences)  # lexicographic extremes share exactly what all share
+    low, high = (
+        min(map(tuple, sequences)),
+        max(map(tuple, sequences)),
+    )  # lexicographic extremes share exactly what all share
     limit = min(map(len, sequences)) - 1
     n = 0
     while n < limit and low[n] == high[n]:
@@ -472,8 +478,9 @@ def loading(name: str) -> Iterator[None]:
         AttributeError,
         TypeError,
         struct.error,
+        SafetensorError,
     ) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise disk_error(cache_dir(), error) from None
         raise ModelError(
             f"cannot load the model {name!r}",
@@ -539,13 +546,16 @@ def file_sha256(path: Path) -> str:
     stat = path.stat()
     key = fingerprint([str(path), stat.st_size, stat.st_mtime_ns])
     memory = cache_dir() / "hashes" / key
-    with contextlib.suppress(OSError):
-        return memory.read_text()
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    with contextlib.suppress(OSError):
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        memory.write_text(digest)
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch("[0-9a-f]{64}", known := memory.read_text()):
+            return known
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}", fix="check its permissions") from None
+    with contextlib.suppress(RunError):  # a full or read-only disk costs time, not correctness
+        write_atomic(memory, digest)
     return digest
 
 
@@ -576,8 +586,11 @@ def convert_gguf(path: Path, sha: str) -> Path:
             model.generation_config = read.generation_config
             model.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
-        if not folder.is_dir():  # another process may have been faster
+        try:
             os.replace(beside, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder

@@ -9,12 +9,12 @@ made, so that an interrupted run goes on where it was (`resume=True`) and ends w
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import logging
 import os
 import platform
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ctxdistill import evaluate as evaluation
 from ctxdistill import losses
@@ -34,7 +35,7 @@ from ctxdistill.lm import LM, check_fit, load_tokenizer, packaged_gguf
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import DataSection, Recipe
 from ctxdistill.rows import Row
-from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress
+from ctxdistill.rundir import Progress, RunDir, disk_error, fingerprint, no_progress
 from ctxdistill.targets import Target, TargetStore, captured_mass, label
 from ctxdistill.train import Example, State, train
 
@@ -83,8 +84,7 @@ def distill(
     manifest = describe(recipe, lm, prompter, rows)
     run.claim(manifest["fingerprint"], resume=resume)
     try:
-        if not (run / "recipe.json").exists():
-            run.write_json("recipe.json", manifest)
+        run.write_json("recipe.json", manifest)
         log.info("loss: %s = %s", recipe.train.loss, losses.LOSSES[recipe.train.loss].formula)
         store = TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else run / "targets")
 
@@ -106,12 +106,15 @@ def distill(
         lm.add_adapter(recipe.lora, recipe.train.seed)
         with timed(run, "train"):
             state = train(lm, examples, validation, recipe.train, run, progress=progress)
-        lm.peft.save_pretrained(str(run / "adapter"), safe_serialization=True)
+        save_adapter(lm, run)
 
         with timed(run, "evaluate"):
             result = measure(recipe, lm, prompter, rows, store, run, ["distilled"], progress)
-        result |= {"gate": verdict, "training": summary(recipe, lm, run, state, examples)}
-        result |= {"cost": cost(recipe, run, rows, examples, result), "notes": notes(lm, rows, examples, recipe)}
+        result |= {"gate": verdict, "training": summary(recipe, lm, prompter, run, state, examples)}
+        result |= {
+            "cost": cost(recipe, lm, run, examples, result),
+            "notes": notes(lm, prompter, rows, examples, recipe, state),
+        }
         run.write_json("evaluation.json", result)
         reports.write_card(run.path)
         reports.write_report(run.path)
@@ -132,14 +135,19 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
     old = folder.read_json("evaluation.json")
     recipe = stored_recipe(folder)
     lm, prompter, rows = prepare(recipe)
-    lm.load_adapter(folder / "adapter")
-    store = TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else folder / "targets")
-    result = measure(recipe, lm, prompter, rows, store, folder, list(evaluation.ARMS), progress or no_progress)
-    result |= {key: old[key] for key in ("gate", "training", "cost", "notes") if key in old}
-    folder.write_json("evaluation.json", result)
-    reports.write_card(folder.path)
-    reports.write_report(folder.path)
-    return result
+    # the same model, context and rows as then, or the tables would mix two things
+    folder.claim(describe(recipe, lm, prompter, rows)["fingerprint"], resume=True)
+    try:
+        lm.load_adapter(folder / "adapter")
+        store = TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else folder / "targets")
+        result = measure(recipe, lm, prompter, rows, store, folder, list(evaluation.ARMS), progress or no_progress)
+        result |= {key: old[key] for key in ("gate", "training", "cost", "notes") if key in old}
+        folder.write_json("evaluation.json", result)
+        reports.write_card(folder.path)
+        reports.write_report(folder.path)
+        return result
+    finally:
+        folder.release()
 
 
 def report(run: str | Path) -> Path:
@@ -210,11 +218,13 @@ def prepare(recipe: Recipe) -> tuple[LM, Prompter, Data]:
     lm = LM.load(recipe.model, recipe.base_dir)
     room = {"teacher": recipe.completions.max_new_tokens}
     room["label"] = max(map(len, prompter.labels.values()), default=0)
+    evaluation.metrics_of(recipe, pairs["eval"])  # a metric that cannot be measured should not cost minutes first
     for split, found in pairs.items():
         evaluated = split == "eval"
         answers = [len(prompter.completion(p.answer)) if p.answer is not None else 0 for p in found]
         need = [
-            len(p.teacher) + (recipe.eval.max_new_tokens if evaluated else room.get(recipe.completions.source, n))
+            max(len(p.teacher), len(p.student))
+            + (recipe.eval.max_new_tokens if evaluated else room.get(recipe.completions.source, n))
             for p, n in zip(found, answers, strict=True)
         ]
         check_fit(
@@ -240,10 +250,17 @@ def read_rows(recipe: Recipe, prompter: Prompter) -> tuple[dict[str, tuple[list[
     else:
         queries, held_out = data.split(queries, recipe.eval.share, recipe.train.seed)
         section = recipe.queries
+    for what, part, found_rows in (("queries", recipe.queries, queries), ("eval", section, held_out)):
+        if "answer" in part.model_fields_set and not any(part.answer in r.fields for r in found_rows):
+            raise DataError(
+                f"{what}.answer names the column {part.answer!r}, and no row has it",
+                found=", ".join(sorted(found_rows[0].fields)) if found_rows else "no rows",
+                fix=f"name an existing column, or leave {what}.answer out if there are no answers",
+            )
     groups = {
-        "context.demos": [(r, prompter.query_text(r, recipe.queries)) for r in prompter.context.demos],
-        "queries": [(r, prompter.query_text(r, recipe.queries)) for r in queries],
-        "eval": [(r, prompter.query_text(r, section)) for r in held_out],
+        "context.demos": [(r, prompter.query_text(r, prompter.demo_section)) for r in prompter.context.demos],
+        "queries": [(r, identity(prompter, r, recipe.queries)) for r in queries],
+        "eval": [(r, identity(prompter, r, section)) for r in held_out],
     }
     data.check_overlap(groups)
     for row, part in [*((r, recipe.queries) for r in queries), *((r, section) for r in held_out)]:
@@ -271,12 +288,22 @@ def unique(rows: list[Row], section: DataSection, prompter: Prompter) -> tuple[l
     """Rows without repeated queries, if the section says to drop them; else as they are (`check_overlap` will refuse)."""
     if section.duplicates != "drop":
         return rows, 0
-    return data.drop_duplicates(rows, lambda row: data.query_key(prompter.query_text(row, section)))
+    return data.drop_duplicates(rows, lambda row: data.query_key(identity(prompter, row, section)))
+
+
+def identity(prompter: Prompter, row: Row, section: DataSection) -> str:
+    """What makes a row a repetition of another: its query, and its own context if it has one."""
+    c = prompter.recipe.context
+    own = [str(row.fields.get(name)) for name in (c.column, c.teacher_prompt) if name]
+    return "\n".join([prompter.query_text(row, section), *own])
 
 
 def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str, Any]:
     """`recipe.json`: what made this run. Its fingerprint covers everything that the result depends on."""
     values = recipe.to_dict()
+    # What changes no result may change between two attempts at one run, such as gate.on_fail after the gate said no.
+    decisive = {name: value for name, value in values.items() if name not in {"name", "gate", "cost"}}
+    prompts = fingerprint([[p.teacher, p.student] for found in rows.pairs.values() for p in found])
     c = recipe.context
     context = {
         "sha256": prompter.fingerprint,
@@ -287,7 +314,7 @@ def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str
         for text, kind in prompter.parts(rows.splits["train"][0][0], recipe.queries, teacher=True)
         if kind == "context"
     )
-    context |= {
+    facts = {
         "tokens": len(rows.pairs["train"][0].teacher) - len(rows.pairs["train"][0].student),
         "preview": preview[:2000],
     }
@@ -298,11 +325,11 @@ def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str
         "recipe": values,
         "base_dir": str(recipe.base_dir),
         "explicit": explicit(recipe),
-        "fingerprint": fingerprint([values, lm.fingerprint, prompter.fingerprint, rows.counts]),
+        "fingerprint": fingerprint([decisive, lm.fingerprint, prompter.fingerprint, rows.counts, prompts]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {**versions, "python": platform.python_version()},
         "model": lm.info,
-        "context": context,
+        "context": context | facts,
         "rows": dict(rows.counts),
         "student_prompt": prompter.student_prompt(),
         "loss": f"{recipe.train.loss} = {losses.LOSSES[recipe.train.loss].formula}",
@@ -434,42 +461,62 @@ def save_prompts(run: RunDir, prompter: Prompter, rows: Data, examples: Sequence
     )
 
 
-def summary(recipe: Recipe, lm: LM, run: RunDir, state: State, examples: Sequence[Example]) -> dict[str, Any]:
+def summary(
+    recipe: Recipe, lm: LM, prompter: Prompter, run: RunDir, state: State, examples: Sequence[Example]
+) -> dict[str, Any]:
     """How training went."""
     per_epoch = -(-len(examples) // recipe.train.batch_size)
     return {
         "steps": state.step,
         "epochs": state.step / per_epoch,
         "stopped_early": state.stopped,
-        "best_step": state.best_step
-        if state.best_step or dataclasses.asdict(state)["best_kl"] < float("inf")
-        else state.step,
-        "best_validation_kl": state.best_kl if state.best_kl < float("inf") else None,
+        "best_step": state.best_step if state.best_loss < float("inf") else state.step,
+        "best_validation_kl": best_kl(run),
         "seconds": state.seconds,
         "trainable_parameters": sum(p.numel() for p in lm.trainable().values()),
         "adapter_bytes": (run / "adapter" / "adapter_model.safetensors").stat().st_size,
         "train_rows": len(examples),
         "supervised_tokens": state.tokens,
-        "truncated_completions": truncated(recipe, examples),
+        "truncated_completions": truncated(recipe, prompter, examples),
         "topk_mass": captured_mass([e.target for e in examples]),
     }
 
 
-def truncated(recipe: Recipe, examples: Sequence[Example]) -> int:
+def best_kl(run: RunDir) -> float | None:
+    """KL of the adapter that was kept, on the queries that chose it."""
+    kept = [line["kl"] for line in run.read_jsonl("metrics.jsonl") if line["event"] == "validation" and line["best"]]
+    return kept[-1] if kept else None
+
+
+def save_adapter(lm: LM, run: RunDir) -> None:
+    """`adapter/` in PEFT's format, whole or not at all."""
+    beside, folder = run / ".adapter.tmp", run / "adapter"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        lm.peft.save_pretrained(str(beside))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+    except OSError as error:
+        raise disk_error(folder, error) from None
+    except SafetensorError as error:
+        raise RunError(f"cannot write {folder}: {error}", fix="free some space, then go on with --resume") from None
+
+
+def truncated(recipe: Recipe, prompter: Prompter, examples: Sequence[Example]) -> int:
     """Completions that the teacher did not end within `max_new_tokens`."""
     if recipe.completions.source != "teacher":
         return 0
-    limit = recipe.completions.max_new_tokens
-    return sum(len(e.target.ids) >= limit for e in examples)
+    return sum(not prompter.ends(list(e.target.ids)) for e in examples)
 
 
-def cost(
-    recipe: Recipe, run: RunDir, rows: Data, examples: Sequence[Example], result: dict[str, Any]
-) -> dict[str, Any]:
+def cost(recipe: Recipe, lm: LM, run: RunDir, examples: Sequence[Example], result: dict[str, Any]) -> dict[str, Any]:
     """What distilling took, what a request saves, and after how many requests it has paid for itself."""
     seconds = {"gate": 0.0, "label": 0.0, "train": 0.0, "evaluate": 0.0}
-    for line in run.read_jsonl("timings.jsonl"):
-        seconds[line["stage"]] += line["seconds"]
+    for line in reversed(run.read_jsonl("timings.jsonl")):  # the first time counts: later ones found the work done
+        seconds[line["stage"]] = line["seconds"]
+    seconds["train"] = max(
+        seconds["train"], result["training"]["seconds"]
+    )  # that of a resumed run is kept in its state
     seconds["total"] = sum(seconds.values())
     table = result["table"]
     saved = table["in_context"]["prompt_tokens"]["mean"] - table["distilled"]["prompt_tokens"]["mean"]
@@ -479,7 +526,9 @@ def cost(
     )
     lengths = sum(len(e.prompt) + len(e.target.ids) for e in examples)
     # In forwards of one token: the teacher reads the context once and each row once; a training step is about 3 forwards.
-    tokens = round(saved) + lengths + 3 * lengths * result["training"]["epochs"]
+    # (models whose cache cannot be shared, and contexts of each row's own, read it for every row)
+    shared = not lm.notes and not (recipe.context.column or recipe.context.teacher_prompt)
+    tokens = saved * (1 if shared else len(examples)) + lengths + 3 * lengths * result["training"]["epochs"]
     money = None
     c = recipe.cost
     if c.per_million_tokens and c.machine_hour and saved > 0:
@@ -496,14 +545,16 @@ def cost(
     }
 
 
-def notes(lm: LM, rows: Data, examples: Sequence[Example], recipe: Recipe) -> list[str]:
+def notes(
+    lm: LM, prompter: Prompter, rows: Data, examples: Sequence[Example], recipe: Recipe, run_state: State
+) -> list[str]:
     """What a reader of the results must know."""
     found = list(lm.notes)
     if n := rows.counts["dropped_duplicates"]:
         found.append(f"{n} rows with a repeated query were dropped")
     if n := rows.counts["left_out_by_limit"]:
         found.append(f"{n} rows were left out by a limit in the recipe")
-    if n := truncated(recipe, examples):
+    if n := truncated(recipe, prompter, examples):
         found.append(
             f"{n} of {len(examples)} training completions reached max_new_tokens = {recipe.completions.max_new_tokens} without an end"
         )
@@ -511,6 +562,8 @@ def notes(lm: LM, rows: Data, examples: Sequence[Example], recipe: Recipe) -> li
         found.append(
             f"top-{recipe.targets.k} targets hold {100 * mass:.1f} % of the teacher's probability; the rest is one bucket"
         )
+    if run_state.best_step == 0 and recipe.train.validation:
+        found.append("training never lowered the held-out loss: the adapter that was kept is the untrained one")
     if recipe.model.trust_remote_code:
         found.append("the model ran code of its own (trust_remote_code)")
     return found

@@ -63,8 +63,8 @@ class Context:
         parts = [c.system] if c.system is not None else []
         if c.system_file:
             parts.append(data.read_text(c.system_file, recipe, "context.system_file").strip())
-        for name in c.documents:
-            parts.append(f"# {recipe.path(name).name}\n\n{data.read_text(name, recipe, 'context.documents').strip()}")
+        documents = {name: data.read_text(name, recipe, "context.documents").strip() for name in c.documents}
+        parts += [f"# {recipe.path(name).name}\n\n{text}" for name, text in documents.items()]
         messages = data.read_messages(c.messages, recipe, "context.messages") if c.messages else []
         demos: Sequence[Row] = ()
         if c.demos:
@@ -129,7 +129,8 @@ class Prompter:
 
     def completion(self, answer: str) -> tuple[int, ...]:
         """Ids of a given answer, with its end."""
-        text = answer if self.recipe.prompt.style == "chat" else self._answer({"answer": answer})
+        text = self.recipe.prompt.answer_pattern.format(answer=answer)
+        text = text.strip() if self.recipe.prompt.style == "chat" else text
         end = self.end if self.recipe.completions.supervise_end else ()
         return (*self.ids(text), *end)
 
@@ -144,8 +145,19 @@ class Prompter:
         """Each token as text, special ones visible."""
         return [str(self.tokenizer.decode([i])) for i in ids]
 
-    def _answer(self, values: Mapping[str, str]) -> str:
-        return self.recipe.prompt.answer_pattern.format_map(values)
+    def reference(self, answer: str | None) -> str | None:
+        """What a right answer reads like: the label word, or the answer as the pattern writes it."""
+        if answer is None or self.recipe.prompt.label_words:
+            return answer
+        return self.recipe.prompt.answer_pattern.format(answer=answer).strip()
+
+    @property
+    def demo_section(self) -> DataSection:
+        """How the demonstrations' rows are read: by the names of the queries' columns, without their messages."""
+        return self.recipe.queries.model_copy(update={"messages": None})
+
+    def _demo_answer(self, row: Row) -> str:
+        return self.recipe.prompt.answer_pattern.format(answer=data.values(row, self.demo_section)["answer"])
 
     @property
     def labels(self) -> dict[str, tuple[int, ...]]:
@@ -214,18 +226,28 @@ class Prompter:
 
     def _query_messages(self, row: Row, section: DataSection) -> list[Message]:
         if section.messages:
-            return self._messages(row, section.messages)
+            return self._asks(row, self._messages(row, section.messages))
         return [{"role": "user", "content": self.query_text(row, section)}]
+
+    def _asks(self, row: Row, messages: list[Message]) -> list[Message]:
+        """A query ends with a question: with the answer in the prompt there would be nothing to learn."""
+        if messages[-1]["role"] == "assistant":
+            raise DataError(
+                f"{row.origin}: the messages end with an assistant's turn",
+                expected="a user's (or tool's) turn last, which the model then answers",
+                found=repr(messages[-1])[:80],
+                fix="take the last turn out of the messages, and put its text into the answer column",
+            )
+        return messages
 
     def _demo_messages(self, demos: Sequence[Row]) -> list[Message]:
         """Demonstrations as turns."""
-        section = self.recipe.queries.model_copy(update={"messages": None})
         return [
             message
             for row in demos
             for message in (
-                {"role": "user", "content": self.query_text(row, section)},
-                {"role": "assistant", "content": self._answer(data.values(row, section))},
+                {"role": "user", "content": self.query_text(row, self.demo_section)},
+                {"role": "assistant", "content": self._demo_answer(row).strip()},
             )
         ]
 
@@ -234,7 +256,7 @@ class Prompter:
         c = self.recipe.context
         query = self._query_messages(row, section)
         if teacher and c.teacher_prompt:
-            return [], self._messages(row, c.teacher_prompt)
+            return [], self._asks(row, self._messages(row, c.teacher_prompt))
         own: list[Message] = []
         system = self.context.system if teacher else c.student_system
         if teacher and c.column:
@@ -263,19 +285,29 @@ class Prompter:
         """(text before the query, the query)."""
         p, c = self.recipe.prompt, self.recipe.context
         if teacher and c.teacher_prompt:
-            return "", str(row.fields.get(c.teacher_prompt))
+            return "", self._plain(row, c.teacher_prompt)
         parts = []
         demos: Sequence[Row] = ()
         if teacher:
-            own = [str(row.fields.get(c.column))] if c.column else []
+            own = [self._plain(row, c.column)] if c.column else []
             parts = [part for part in (self.context.system, *own, p.instruction) if part]
             demos = self.context.demos
         else:
             parts = [p.student_instruction] if p.student_instruction else []
             demos = self.kept_demos
-        demo_section = self.recipe.queries.model_copy(update={"messages": None})
-        parts += [self.query_text(d, demo_section) + self._answer(data.values(d, demo_section)) for d in demos]
+        parts += [self.query_text(d, self.demo_section) + self._demo_answer(d) for d in demos]
         return "".join(part + p.separator for part in parts), self.query_text(row, section)
+
+    def _plain(self, row: Row, column: str) -> str:
+        value = row.fields.get(column)
+        if isinstance(value, str):
+            return value
+        raise DataError(
+            f"{row.origin}: column {column!r} is not a text",
+            expected='a text, since prompt.style = "text" has no roles',
+            found=repr(value)[:80],
+            fix='write it as a text, or use prompt.style = "chat"',
+        )
 
     def _render(self, messages: list[Message], generation: bool, *, teacher: bool, tokenize: bool = True) -> Any:
         """The template's text or ids. Both come from the one call, so ids are never made from rendered text here."""
@@ -317,20 +349,27 @@ class Prompter:
         if self.recipe.prompt.style == "text":
             before, query = self._text(row, section, teacher=teacher)
             first = self._ids(row, section, teacher=teacher)[0]
-            bos = [(self.tokenizer.decode([first]), "template")] if first == self.tokenizer.bos_token_id else []
+            bos: list[Part] = (
+                [(self.tokenizer.decode([first]), "template")] if first == self.tokenizer.bos_token_id else []
+            )
             return [part for part in [*bos, (before, "context"), (query, "query")] if part[0]]
-        before, query = self._chat(row, section, teacher=teacher)
-        text = self._render([*before, *query], True, teacher=teacher, tokenize=False)
+        earlier, asked = self._chat(row, section, teacher=teacher)
+        messages = [*earlier, *asked]
+        text = self._render(messages, True, teacher=teacher, tokenize=False)
+        # Marks in place of the contents tell exactly what the template wrote around them.
+        marked = [{**m, "content": f"\ue000{i}\ue000"} for i, m in enumerate(messages)]
+        pieces = self._render(marked, True, teacher=teacher, tokenize=False).split("\ue000")
         parts: list[Part] = []
-        for kind, messages in (("context", before), ("query", query)):
-            for message in messages:
-                content = str(message["content"])
-                found = next((c for c in (content, content.strip()) if c and c in text), None)
-                if found is None:
-                    continue
-                template, text = text.split(found, 1)
-                parts += [(template, "template"), (found, kind)]
-        return [part for part in [*parts, (text, "template")] if part[0]]
+        for i, piece in enumerate(pieces):
+            if i % 2 == 0:
+                parts.append((piece, "template"))
+            else:
+                content = str(messages[int(piece)]["content"])
+                kind = "query" if int(piece) >= len(earlier) else "context"
+                parts.append((content if content + pieces[i + 1] in text else content.strip(), kind))
+        if "".join(part for part, _ in parts) != text:  # a template that changes what it is given
+            return [(text, "template")]
+        return [part for part in parts if part[0]]
 
     def shown(self, row: Row, section: DataSection, split: str, completion: Sequence[int] | None) -> dict[str, Any]:
         """A row as `ctxdistill show` prints it."""
@@ -366,18 +405,34 @@ class Prompter:
                     fix="take the context out of the queries, of context.student_system and of prompt.student_instruction",
                 )
 
-    def student_prompt(self) -> dict[str, str]:
-        """The exact prompt to serve with: its text with `{query}` in place, and what the template put before it."""
+    def student_prompt(self) -> dict[str, Any]:
+        """The exact prompt to serve with: its text, with `{query}` (or `{column}` for a pattern of several columns) in
+        the place of what changes; what the chat template put into it by itself; and how to tokenise it."""
+        p, chat = self.recipe.prompt, self.recipe.prompt.style == "chat"
+        names = sorted(fields_of(p.pattern)) if self.recipe.queries.messages is None else ["prompt"]
+        fields = {name: "{query}" if name == "prompt" else f"{{{name}}}" for name in names}
+        section = self.recipe.queries.model_copy(update={"messages": None, "prompt": "prompt"})
+        text = "".join(t for t, _ in self._all_parts(Row(id="", fields=fields, origin="the student's prompt"), section))
+        inserts = ""
+        if chat and self.recipe.context.student_system is None:
+            turns = [{"role": role, "content": "\ue000"} for role in ("user", "assistant", "user")]
+            first, _, between, _ = self._render(turns, True, teacher=False, tokenize=False).split("\ue000")
+            shared = 0  # the header of a user's turn, which is no insertion
+            while shared < min(len(first), len(between)) and first[-1 - shared] == between[-1 - shared]:
+                shared += 1
+            inserts = first[: len(first) - shared].removeprefix(self.tokenizer.bos_token or "")
+        return {
+            "text": text,
+            "template_inserts": inserts,
+            "fields": list(fields.values()),
+            "add_special_tokens": not chat,
+        }
+
+    def _all_parts(self, row: Row, section: DataSection) -> list[Part]:
+        """The student's parts without the BOS that tokenising adds in the text style."""
         if self.recipe.prompt.style == "text":
-            p = self.recipe.prompt
-            before = p.student_instruction + p.separator if p.student_instruction else ""
-            return {"text": f"{before}{p.pattern}", "template_inserts": ""}
-        system = self.recipe.context.student_system
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        messages += self._demo_messages(self.kept_demos)
-        mark = "{query}"
-        text = self._render([*messages, {"role": "user", "content": mark}], True, teacher=False, tokenize=False)
-        return {"text": text, "template_inserts": "" if messages else text.split(mark)[0]}
+            return [(text, "query") for text in self._text(row, section, teacher=False)]
+        return self.parts(row, section, teacher=False)
 
     @property
     def fingerprint(self) -> str:

@@ -54,7 +54,8 @@ class DataSection(Section):
     """Where rows come from and how their columns are called. Columns are named, never guessed."""
 
     data: str | None = None
-    """A `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file (relative to the recipe), or `hub:owner/name`."""
+    """A `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file (relative to the recipe), or `hub:owner/name` (its class
+    labels are read as their names)."""
     config: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
@@ -319,7 +320,10 @@ class Recipe(Section):
 
     def path(self, name: str) -> Path:
         """`name` as a path, relative to the recipe's folder."""
-        return (self.base_dir / Path(name).expanduser()).resolve()
+        try:
+            return (self.base_dir / Path(name).expanduser()).resolve()
+        except (RuntimeError, ValueError, OSError) as error:
+            raise RecipeError(f"{name!r} is not a path: {error}", expected="a file or folder") from None
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -342,6 +346,21 @@ class Recipe(Section):
             problems.append(f"context.teacher_prompt excludes the other kinds, found {', '.join(given)}; keep one")
         if c.student_demos and not c.demos:
             problems.append("context.student_demos needs context.demos")
+        ignored = {
+            "chat": ("instruction", "student_instruction", "separator", "stop"),
+            "text": ("template_kwargs", "teacher_template_kwargs"),
+        }
+        if lost := [key for key in ignored[p.style] if getattr(p, key) != type(p).model_fields[key].default]:
+            other = "text" if p.style == "chat" else "chat"
+            problems.append(f'prompt.{lost[0]} has no effect with prompt.style = "{p.style}"; it belongs to "{other}"')
+        if p.style == "text" and not (p.separator or p.stop):
+            problems.append("prompt.separator is empty: give prompt.stop, the text at which an answer ends")
+        if p.style == "text" and (self.queries.messages or self.eval.messages):
+            problems.append(
+                'prompt.style = "text" has no roles: queries.messages and eval.messages need prompt.style = "chat"'
+            )
+        if not self.completions.supervise_end and self.completions.source == "teacher":
+            problems.append('completions.supervise_end = false needs completions.source = "data" or "label"')
         if p.style == "text" and (c.messages or c.system or c.system_file or c.student_system is not None):
             problems.append(
                 'prompt.style = "text" has no roles: system and messages cannot be rendered; use prompt.instruction and '
@@ -378,6 +397,10 @@ class Recipe(Section):
                 continue
             if needs and names != {needs}:
                 problems.append(f"prompt.{key} must have {{{needs}}} as its one field, found {pattern!r}")
+            if key == "pattern" and self.queries.answer in names:
+                problems.append(
+                    f"prompt.pattern holds the answer column {{{self.queries.answer}}}: the model would be told the answer"
+                )
             if not names:
                 problems.append(f"prompt.{key} has no field, so that all rows would be the same; found {pattern!r}")
         if self.eval.format is not None:

@@ -309,7 +309,17 @@ def _read_hub(section: DataSection, what: str) -> tuple[str, list[Record], int]:
         ) from None
     total = len(table)
     chosen = table.select(range(min(section.limit or total, total)))
-    return source, [(f"{name}:{section.split}:{number}", dict(row)) for number, row in enumerate(chosen, 1)], total
+    names = {column: feature for column, feature in table.features.items() if hasattr(feature, "int2str")}
+    records = []
+    for number, row in enumerate(chosen, 1):
+        named = {k: _class_name(names[k], v) if k in names else v for k, v in row.items()}
+        records.append((f"{name}:{section.split}:{number}", named))
+    return source, records, total
+
+
+def _class_name(feature: Any, value: int | None) -> str | None:
+    """The name of a class label; -1 is how the hub writes that there is none."""
+    return None if value is None or value < 0 else str(feature.int2str(value))
 
 
 READERS: dict[str, Reader] = {

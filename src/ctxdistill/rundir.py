@@ -129,7 +129,8 @@ class RunDir:
                 found=f"{stored}",
                 fix="choose another folder with --out, or run with the recipe and data that this folder was made with",
             )
-        if not resume:
+        begun = any((self / name).exists() for name in ("checkpoints", "adapter"))
+        if begun and not resume:
             raise RunError(
                 f"{self.path} already holds a run of this recipe",
                 fix="go on with --resume, choose another folder with --out, or delete it",
@@ -159,8 +160,13 @@ class RunDir:
         """Add one line to a JSON-lines file."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with open(self / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(value, ensure_ascii=False) + "\n")
+            with open(self / name, "ab+") as file:
+                if size := file.tell():
+                    file.seek(size - 1)
+                    if file.read(1) != b"\n":  # a kill or a full disk cut the last line off
+                        file.seek(0)
+                        file.truncate(file.read().rfind(b"\n") + 1)
+                file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
         except OSError as error:
             raise disk_error(self / name, error) from None
 

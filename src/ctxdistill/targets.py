@@ -124,11 +124,12 @@ def label(
     if completions.source == "label":
         base = fingerprint([base, prompter.labels])
     seed = recipe.train.seed if completions.temperature > 0 else 0
+    given = completions.source == "data"
     jobs = [
         Job(
             pair,
             sample,
-            fingerprint([base, pair.teacher, pair.answer if completions.source == "data" else None, sample, seed]),
+            fingerprint([base, pair.teacher, prompter.completion(pair.answer or "") if given else None, sample, seed]),
         )
         for pair in pairs
         for sample in range(completions.samples)

@@ -46,7 +46,8 @@ class State:
 
     step: int = 0
     best_step: int = 0
-    best_kl: float = math.inf
+    best_loss: float = math.inf
+    """Of the held-out queries, the same loss that is trained."""
     stale_epochs: int = 0
     seconds: float = 0.0
     tokens: int = 0
@@ -78,7 +79,9 @@ def position_loss(
             divergence = losses.divergence(section.loss, teacher, student, section.temperature)
         if stats is not None:
             with torch.no_grad():
-                stats["kl"] = stats.get("kl", 0.0) + divergence.sum().item()
+                # named by what it is: `kl` in the log is always KL(teacher || student)
+                name = "kl" if section.loss == "forward_kl" and section.temperature == 1 else section.loss
+                stats[name] = stats.get(name, 0.0) + divergence.sum().item()
                 if teacher is not None:
                     stats["teacher_entropy"] = stats.get("teacher_entropy", 0.0) + losses.entropy(teacher).sum().item()
                 stats["student_entropy"] = stats.get("student_entropy", 0.0) + losses.entropy(student).sum().item()
@@ -103,13 +106,16 @@ def batch_loss(
 
 
 @torch.no_grad()
-def mean_kl(lm: LM, examples: Sequence[Example], batch_size: int) -> float:
-    """Mean KL(teacher || student) per supervised token, in nats."""
-    section = TrainSection(loss="forward_kl")
-    total = sum(
-        batch_loss(lm, examples[i : i + batch_size], section).item() for i in range(0, len(examples), batch_size)
-    )
+def mean_loss(lm: LM, examples: Sequence[Example], section: TrainSection) -> float:
+    """Mean loss per supervised token, in nats."""
+    size = section.batch_size
+    total = sum(batch_loss(lm, examples[i : i + size], section).item() for i in range(0, len(examples), size))
     return total / sum(len(e.target.ids) for e in examples)
+
+
+def mean_kl(lm: LM, examples: Sequence[Example], batch_size: int) -> float:
+    """Mean KL(teacher || student) per supervised token, in nats, whatever is trained."""
+    return mean_loss(lm, examples, TrainSection(loss="forward_kl", batch_size=batch_size))
 
 
 def learning_rate(step: int, steps: int, section: TrainSection) -> float:
@@ -230,16 +236,18 @@ def validate(
     run: RunDir | None,
     parameters: dict[str, torch.nn.Parameter],
 ) -> None:
-    """Measure the KL on held-out queries, keep the adapter if it is the best so far, note when to stop.
+    """Measure loss and KL on held-out queries, keep the adapter if it is the best so far, note when to stop.
 
     `run` is None in all processes but the first, which alone writes.
     """
     lm.peft.eval()
-    kl = mean_kl(lm, validation, section.batch_size)
+    loss = mean_loss(lm, validation, section)
+    plain = (section.loss, section.temperature, section.ce_weight) == ("forward_kl", 1.0, 0.0)
+    kl = loss if plain else mean_kl(lm, validation, section.batch_size)
     lm.peft.train()
-    best = kl < state.best_kl
+    best = loss < state.best_loss
     if best:
-        state.best_kl, state.best_step, state.stale_epochs = kl, state.step, 0
+        state.best_loss, state.best_step, state.stale_epochs = loss, state.step, 0
         if run:
             tensors = {n: p.detach().contiguous() for n, p in parameters.items()}
             write_atomic(run / "checkpoints/best.safetensors", save(tensors))
@@ -247,7 +255,14 @@ def validate(
         state.stale_epochs += 1
         state.stopped = 0 < section.patience <= state.stale_epochs
     if run:
-        line = {"event": "validation", "step": state.step, "epoch": state.step / per_epoch, "kl": kl, "best": best}
+        line = {
+            "event": "validation",
+            "step": state.step,
+            "epoch": state.step / per_epoch,
+            "kl": kl,
+            "loss": loss,
+            "best": best,
+        }
         run.append("metrics.jsonl", line)
 
 
