@@ -494,6 +494,8 @@ def save_adapter(lm: LM, run: RunDir) -> None:
     try:
         shutil.rmtree(beside, ignore_errors=True)
         lm.peft.save_pretrained(str(beside))
+        for file in beside.iterdir():
+            file.chmod(0o644)  # safetensors are written for the owner alone; a server often runs as somebody else
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
     except OSError as error:
