@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from ctxdistill.lm import LM, packaged_gguf
+from ctxdistill.lm import LM
 from ctxdistill.prompts import join
 from ctxdistill.recipe import ModelSection
+from ctxdistill.weights import packaged_gguf
 
 Rows = list[tuple[list[int], int]]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from ctxdistill.lm import packaged_gguf
+from ctxdistill.weights import packaged_gguf
 
 DEMO = Path(__file__).parents[1] / "src" / "ctxdistill" / "demo"
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tiny
+from ctxdistill.dataset import prepare
 from ctxdistill.errors import RecipeError
 from ctxdistill.evaluate import (
     field_accuracy,
@@ -22,7 +23,6 @@ from ctxdistill.evaluate import (
     tables,
     teacher_targets,
 )
-from ctxdistill.pipeline import prepare
 from ctxdistill.recipe import Recipe
 from ctxdistill.targets import TargetStore, score_labels
 

@@ -12,8 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
 ORDER = """
-errors < losses, stats < recipe < rows < tasks < rundir < lm < prompts < targets < train < evaluate
-< results, plots < report, export < pipeline < display < cli < docs
+errors < losses, stats < recipe < rows < tasks < rundir < weights < lm < prompts < targets < train < evaluate
+< dataset < accounts < results, plots < report, export < pipeline < display < cli < docs
 """
 FREE = {"__init__", "__main__"}
 """The package's face: may import everything."""

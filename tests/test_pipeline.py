@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import tiny
 from ctxdistill import pipeline
+from ctxdistill.dataset import prepare
 from ctxdistill.errors import DataError, FitError, GateError, ModelError, RunError
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection, Recipe
@@ -129,7 +130,7 @@ def test_contexts_of_each_row_may_share_a_question(job: Path) -> None:
     assert made.evaluation["rows"] == 2
     tiny.write_jsonl(job / "queries.jsonl", [*rows[:6], rows[6]])
     with pytest.raises(DataError, match=r"eval\.jsonl:1"):
-        pipeline.prepare(Recipe.from_dict(raw, base_dir=job))
+        prepare(Recipe.from_dict(raw, base_dir=job))
 
 
 def test_try_streams_each_arm(run: pipeline.Run) -> None:
@@ -162,6 +163,8 @@ def test_the_gate_stops_and_can_be_told_not_to(job: Path) -> None:
     told = pipeline.distill(recipe(job, gate={"min_kl": 100.0, "on_fail": "warn"}), job / "run")
     assert told.evaluation["gate"]["verdict"] == "nothing to teach"
     assert told.adapter.is_dir()
+    low = recipe(job, gate={"min_kl": 0.0, "min_gain": -1.0})  # the stored scores are judged by what is asked now
+    assert pipeline.distill(low, job / "run", resume=True).evaluation["gate"]["verdict"] == "teach"
     verdict = pipeline.gate(recipe(job, gate={"min_kl": 100.0}))
     assert verdict["verdict"] == "nothing to teach" and verdict["fits"] and verdict["window"] == 512
     assert verdict["estimate"]["seconds"] > 0 and verdict["estimate"]["memory_mb"] > 0
@@ -212,11 +215,11 @@ def test_overlap_and_duplicates_are_refused_or_dropped_and_counted(job: Path) ->
         job / "eval.jsonl", [{"prompt": "Say  ANT", "answer": "ANT"}, {"prompt": "please say elk", "answer": "ELK"}]
     )
     with pytest.raises(DataError, match=r"eval\.jsonl:1"):
-        pipeline.prepare(made)
+        prepare(made)
     raw = tiny.recipe_dict(job, queries__duplicates="drop")
     with open(job / "queries.jsonl", "a") as file:
         file.write(json.dumps({"prompt": "say ant!"[:-1], "answer": "ANT"}) + "\n")
-    _, _, data = pipeline.prepare(Recipe.from_dict(raw, base_dir=job))
+    _, _, data = prepare(Recipe.from_dict(raw, base_dir=job))
     assert data.counts["dropped_duplicates"] == 1
 
 

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import tiny
+from ctxdistill.dataset import Data, prepare
 from ctxdistill.errors import RunError, TrainError
 from ctxdistill.lm import LM
-from ctxdistill.pipeline import Data, make_examples, prepare
+from ctxdistill.pipeline import make_examples
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import LoraSection, ModelSection, Recipe, TrainSection
 from ctxdistill.rundir import RunDir, no_progress

@@ -11,17 +11,8 @@ Dimensions: B batch, L sequence, P prefix, T supervised positions, V vocabulary,
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import importlib.util
 import json
-import logging
-import os
-import re
-import shutil
-import struct
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,17 +21,16 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from ctxdistill.errors import FitError, ModelError, RunError
 from ctxdistill.recipe import LoraSection, ModelSection
-from ctxdistill.rundir import disk_error, fingerprint, write_atomic
+from ctxdistill.rundir import fingerprint
+from ctxdistill.weights import load_tokenizer, loading, locate, pick_device, pick_dtype, quiet_peft, tokenizer_hash
 
 PAD = 0  # padding is masked everywhere, so any id that has an embedding will do; a tokenizer's own may have none
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -428,179 +418,6 @@ def window_of(config: Any) -> int:
         if value := getattr(config, name, None):
             return int(value)
     return 1 << 20
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the first accelerator there is, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"model.device {name!r} cannot be used",
-            expected="cpu, cuda, cuda:N or mps",
-            found=str(error).split("\n")[0],
-        ) from None
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on the CPU (faster there) and bfloat16 on an accelerator that has it."""
-    if name != "auto":
-        return DTYPES[name]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-
-
-@contextlib.contextmanager
-def quiet_peft() -> Iterator[None]:
-    """peft reads an attribute that transformers has renamed; the user can do nothing about the warning."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        yield
-
-
-@contextlib.contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Quiet transformers' own bars and turn its errors into ours."""
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*generation flags.*")
-            yield
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        ImportError,
-        RuntimeError,
-        AttributeError,
-        TypeError,
-        struct.error,
-        SafetensorError,
-    ) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise disk_error(cache_dir(), error) from None
-        raise ModelError(
-            f"cannot load the model {name!r}",
-            expected="a hub id, a local folder with config.json and safetensors, or a .gguf file",
-            found=str(error).strip().split("\n")[0][:300],
-            fix="check the name; without network access use a local folder or a .gguf file",
-        ) from None
-
-
-def load_tokenizer(section: ModelSection, base_dir: Path = Path(".")) -> Any:
-    """The tokenizer alone, with a padding token."""
-    source, _ = locate(section, base_dir, weights=False)
-    with loading(section.name):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # for `generate` of who loads the student
-    return tokenizer
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of everything that turns text into ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: `CTXDISTILL_CACHE`, else the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctxdistill"
-    return Path(os.environ.get("CTXDISTILL_CACHE") or default)
-
-
-def locate(section: ModelSection, base_dir: Path, *, weights: bool = True) -> tuple[str, str | None]:
-    """Where transformers shall load from, and the hash of the weights (None for the hub, whose commit is recorded)."""
-    name = section.name
-    path = (base_dir / Path(name).expanduser()).resolve()
-    if name.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelError(f"no model file at {path}", expected="a .gguf file", fix="check model.name in the recipe")
-        sha = file_sha256(path)
-        return str(convert_gguf(path, sha)), sha
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) if weights else []
-        if weights and not files:
-            raise ModelError(
-                f"no safetensors in {path}",
-                expected="*.safetensors (pickled weights are refused)",
-                found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
-                fix="save the model with save_pretrained, which writes safetensors",
-            )
-        return str(path), hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest() if files else None
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(
-            f"no model folder at {path}", expected="a folder with config.json", fix="check model.name in the recipe"
-        )
-    return name, None
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, remembered by path, size and time of change, since weights are large."""
-    stat = path.stat()
-    key = fingerprint([str(path), stat.st_size, stat.st_mtime_ns])
-    memory = cache_dir() / "hashes" / key
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if re.fullmatch("[0-9a-f]{64}", known := memory.read_text()):
-            return known
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}", fix="check its permissions") from None
-    with contextlib.suppress(RunError):  # a full or read-only disk costs time, not correctness
-        write_atomic(memory, digest)
-    return digest
-
-
-def convert_gguf(path: Path, sha: str) -> Path:
-    """The same model as a safetensors folder in the cache, made on first use.
-
-    transformers de-quantises a GGUF file each time it loads one, and refuses to save the result because it still calls
-    it quantised; a fresh model with the same weights has no such mark.
-    """
-    folder = cache_dir() / "gguf" / sha
-    if folder.is_dir():
-        return folder
-    logging.getLogger(__name__).info("converting %s to safetensors, once", path.name)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f"{sha[:8]}-", dir=folder.parent))
-    except OSError as error:
-        raise disk_error(folder, error) from None
-    try:
-        with loading(str(path)):
-            where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-            read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-            config = read.config
-            del config.quantization_config
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            model.load_state_dict(read.state_dict())
-            model.generation_config = read.generation_config
-            model.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
-        try:
-            os.replace(beside, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return folder
-
-
-def packaged_gguf(package: str) -> Path | None:
-    """A `.gguf` file that an installed Python package carries, found without importing the package."""
-    spec = importlib.util.find_spec(package)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
 def made_for_hash(folder: Path) -> str | None:

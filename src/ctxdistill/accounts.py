@@ -1,0 +1,154 @@
+"""What a run will take, what it took, when it pays off, and what its reader must know.
+
+In: measured speeds before training; times, token counts and tables after it. Out: the `estimate` of the gate, and the
+parts `training`, `cost` and `notes` of `evaluation.json`. Invariant: a cost counts what was done once, however often the
+run was resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ctxdistill.dataset import Data
+from ctxdistill.lm import LM
+from ctxdistill.prompts import Prompter
+from ctxdistill.recipe import Recipe
+from ctxdistill.rundir import RunDir
+from ctxdistill.targets import captured_mass
+from ctxdistill.train import Example, State
+
+
+def estimate(
+    recipe: Recipe, lm: LM, rows: Data, answer_tokens: float, teacher_seconds: float, student_seconds: float
+) -> dict[str, Any]:
+    """What the rest of the run will take, from the speed just measured: seconds, peak megabytes, money."""
+    some = rows.pairs["eval"][: recipe.train.batch_size]
+    body = [(list(p.student) + [0] * int(answer_tokens + 1), int(answer_tokens + 1)) for p in some]
+    started = time.perf_counter()
+    with torch.no_grad(), lm.adapter(False):
+        lm.head(torch.cat(lm.hidden(body)))
+    per_token = (time.perf_counter() - started) / sum(len(ids) for ids, _ in body)
+    train_rows = len(rows.pairs["train"]) * recipe.completions.samples
+    length = sum(len(p.student) for p in rows.pairs["train"]) / len(rows.pairs["train"]) + answer_tokens
+    # forward + backward through frozen linear layers (activation gradients only) + the adapter: about 3 forwards
+    training = recipe.train.epochs * train_rows * length * per_token * 3
+    labelling = teacher_seconds * (train_rows + len(rows.pairs["validation"]) * recipe.completions.samples)
+    seconds = training + labelling + student_seconds
+    c = lm.model.config.get_text_config()
+    size = next(lm.model.parameters()).element_size()
+    wide = getattr(c, "intermediate_size", None) or getattr(c, "ffn_dim", None) or 4 * c.hidden_size
+    batch = (recipe.train.micro_batch or recipe.train.batch_size) * length
+    activations = batch * c.num_hidden_layers * (14 * c.hidden_size + 5 * wide) * size
+    memory = lm.info["parameters"] * size + activations + 6 * 2**26
+    return {
+        "seconds": seconds,
+        "memory_mb": memory / 2**20,
+        "cost": seconds / 3600 * recipe.cost.machine_hour if recipe.cost.machine_hour else None,
+    }
+
+
+def summary(
+    recipe: Recipe, lm: LM, prompter: Prompter, run: RunDir, state: State, examples: Sequence[Example]
+) -> dict[str, Any]:
+    """How training went."""
+    per_epoch = -(-len(examples) // recipe.train.batch_size)
+    return {
+        "steps": state.step,
+        "epochs": state.step / per_epoch,
+        "stopped_early": state.stopped,
+        "best_step": state.best_step if state.best_loss < float("inf") else state.step,
+        "best_validation_kl": best_kl(run),
+        "seconds": state.seconds,
+        "trainable_parameters": sum(p.numel() for p in lm.trainable().values()),
+        "adapter_bytes": (run / "adapter" / "adapter_model.safetensors").stat().st_size,
+        "train_rows": len(examples),
+        "supervised_tokens": state.tokens,
+        "truncated_completions": truncated(recipe, prompter, examples),
+        "topk_mass": captured_mass([e.target for e in examples]),
+    }
+
+
+def best_kl(run: RunDir) -> float | None:
+    """KL of the adapter that was kept, on the queries that chose it."""
+    kept = [line["kl"] for line in run.read_jsonl("metrics.jsonl") if line["event"] == "validation" and line["best"]]
+    return kept[-1] if kept else None
+
+
+def truncated(recipe: Recipe, prompter: Prompter, examples: Sequence[Example]) -> int:
+    """Completions that the teacher did not end within `max_new_tokens`."""
+    if recipe.completions.source != "teacher":
+        return 0
+    return sum(not prompter.ends(list(e.target.ids)) for e in examples)
+
+
+def cost(recipe: Recipe, lm: LM, run: RunDir, examples: Sequence[Example], result: dict[str, Any]) -> dict[str, Any]:
+    """What distilling took, what a request saves, and after how many requests it has paid for itself."""
+    seconds = {"gate": 0.0, "label": 0.0, "train": 0.0, "evaluate": 0.0}
+    for line in reversed(run.read_jsonl("timings.jsonl")):  # the first time counts: later ones found the work done
+        seconds[line["stage"]] = line["seconds"]
+    seconds["train"] = max(
+        seconds["train"], result["training"]["seconds"]
+    )  # that of a resumed run is kept in its state
+    seconds["total"] = sum(seconds.values())
+    table = result["table"]
+    saved = table["in_context"]["prompt_tokens"]["mean"] - table["distilled"]["prompt_tokens"]["mean"]
+    timed_arms = all("latency_ms" in table[arm] for arm in ("in_context", "distilled"))
+    ms_saved = (
+        table["in_context"]["latency_ms"]["mean"] - table["distilled"]["latency_ms"]["mean"] if timed_arms else None
+    )
+    lengths = sum(len(e.prompt) + len(e.target.ids) for e in examples)
+    # In forwards of one token: the teacher reads the context once and each row once; a training step is about 3 forwards.
+    # (models whose cache cannot be shared, and contexts of each row's own, read it for every row)
+    shared = not lm.notes and not (recipe.context.column or recipe.context.teacher_prompt)
+    tokens = saved * (1 if shared else len(examples)) + lengths + 3 * lengths * result["training"]["epochs"]
+    money = None
+    c = recipe.cost
+    if c.per_million_tokens and c.machine_hour and saved > 0:
+        requests = seconds["total"] / 3600 * c.machine_hour / (saved * c.per_million_tokens / 1e6)
+        money = {"requests": round(requests), "days": requests / c.requests_per_day if c.requests_per_day else None}
+    return {
+        "seconds": seconds,
+        "prompt_tokens_saved": saved,
+        "ms_saved": ms_saved,
+        "break_even_requests": round(1000 * seconds["total"] / ms_saved) if ms_saved and ms_saved > 0 else None,
+        "break_even_money": money,
+        "training_tokens": round(tokens),
+        "break_even_tokens": round(tokens / saved) if saved > 0 else None,
+    }
+
+
+def notes(
+    lm: LM, prompter: Prompter, rows: Data, examples: Sequence[Example], recipe: Recipe, run_state: State
+) -> list[str]:
+    """What a reader of the results must know."""
+    found = list(lm.notes)
+    if n := rows.counts["dropped_duplicates"]:
+        found.append(f"{n} rows with a repeated query were dropped")
+    if n := rows.counts["left_out_by_limit"]:
+        found.append(f"{n} rows were left out by a limit in the recipe")
+    if n := truncated(recipe, prompter, examples):
+        found.append(
+            f"{n} of {len(examples)} training completions reached max_new_tokens = {recipe.completions.max_new_tokens} without an end"
+        )
+    if (mass := captured_mass([e.target for e in examples])) is not None:
+        found.append(
+            f"top-{recipe.targets.k} targets hold {100 * mass:.1f} % of the teacher's probability; the rest is one bucket"
+        )
+    if run_state.best_step == 0 and recipe.train.validation:
+        found.append("training never lowered the held-out loss: the adapter that was kept is the untrained one")
+    if recipe.model.trust_remote_code:
+        found.append("the model ran code of its own (trust_remote_code)")
+    return found
+
+
+@contextlib.contextmanager
+def timed(run: RunDir, stage: str) -> Iterator[None]:
+    """Keep the wall time of a stage; what a killed process had spent is not counted."""
+    started = time.perf_counter()
+    yield
+    run.append("timings.jsonl", {"stage": stage, "seconds": time.perf_counter() - started})

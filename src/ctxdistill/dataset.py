@@ -1,0 +1,178 @@
+"""All rows of a run as prompt pairs, checked before anything slow begins, and the record of what made the run.
+
+In: a recipe. Out: the model, a `Prompter` and `Data`; the manifest that becomes `recipe.json`. Invariants: no query occurs
+twice, none is in two of demonstrations, queries and evaluation; no query holds the context; every prompt fits with its
+answer; the manifest's fingerprint covers all that the result depends on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from ctxdistill import evaluate as evaluation
+from ctxdistill import losses
+from ctxdistill import rows as data
+from ctxdistill.errors import DataError
+from ctxdistill.lm import LM, check_fit
+from ctxdistill.prompts import Pair, Prompter
+from ctxdistill.recipe import DataSection, Recipe
+from ctxdistill.rows import Row
+from ctxdistill.rundir import RunDir, fingerprint
+from ctxdistill.weights import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Data:
+    """All rows of a run, as prompt pairs, with the sections that say how to read them."""
+
+    splits: Mapping[str, tuple[list[Row], DataSection]]
+    """`train`, `validation` (may be empty) and `eval`."""
+    pairs: Mapping[str, list[Pair]]
+    counts: Mapping[str, Any]
+
+
+def prepare(recipe: Recipe) -> tuple[LM, Prompter, Data]:
+    """Read and check everything that can be wrong before anything slow begins: rows first, then the model."""
+    prompter = Prompter(recipe, load_tokenizer(recipe.model, recipe.base_dir))
+    splits, counts = read_rows(recipe, prompter)
+    pairs = {split: [prompter.pair(row, section) for row in found] for split, (found, section) in splits.items()}
+    lm = LM.load(recipe.model, recipe.base_dir)
+    room = {"teacher": recipe.completions.max_new_tokens}
+    room["label"] = max(map(len, prompter.labels.values()), default=0)
+    evaluation.metrics_of(recipe, pairs["eval"])  # a metric that cannot be measured should not cost minutes first
+    for split, found in pairs.items():
+        evaluated = split == "eval"
+        answers = [len(prompter.completion(p.answer)) if p.answer is not None else 0 for p in found]
+        need = [
+            max(len(p.teacher), len(p.student))
+            + (recipe.eval.max_new_tokens if evaluated else room.get(recipe.completions.source, n))
+            for p, n in zip(found, answers, strict=True)
+        ]
+        check_fit(
+            [(p.origin, n) for p, n in zip(found, need, strict=True)], lm.window, f"context, {split} query and answer"
+        )
+    return lm, prompter, Data(splits, pairs, counts)
+
+
+def read_rows(recipe: Recipe, prompter: Prompter) -> tuple[dict[str, tuple[list[Row], DataSection]], dict[str, Any]]:
+    """Rows by split, checked: no duplicates, no overlap between demonstrations, queries and evaluation, no context in a query."""
+    found = data.read(
+        recipe.queries, recipe, "queries", answers="required" if recipe.completions.source == "data" else "optional"
+    )
+    left_out, dropped = found.left_out, 0
+    queries, n = unique(found.rows, recipe.queries, prompter)
+    dropped += n
+    if recipe.eval.data is not None:
+        held = data.read(recipe.eval, recipe, "eval")
+        left_out += held.left_out
+        held_out, n = unique(held.rows, recipe.eval, prompter)
+        dropped += n
+        section: DataSection = recipe.eval
+    else:
+        queries, held_out = data.split(queries, recipe.eval.share, recipe.train.seed)
+        section = recipe.queries
+    for what, part, found_rows in (("queries", recipe.queries, queries), ("eval", section, held_out)):
+        if "answer" in part.model_fields_set and not any(part.answer in r.fields for r in found_rows):
+            raise DataError(
+                f"{what}.answer names the column {part.answer!r}, and no row has it",
+                found=", ".join(sorted(found_rows[0].fields)) if found_rows else "no rows",
+                fix=f"name an existing column, or leave {what}.answer out if there are no answers",
+            )
+    groups = {
+        "context.demos": [(r, prompter.query_text(r, prompter.demo_section)) for r in prompter.context.demos],
+        "queries": [(r, identity(prompter, r, recipe.queries)) for r in queries],
+        "eval": [(r, identity(prompter, r, section)) for r in held_out],
+    }
+    data.check_overlap(groups)
+    for row, part in [*((r, recipe.queries) for r in queries), *((r, section) for r in held_out)]:
+        prompter.check_no_leak(row, part)
+    training, validation = data.split(queries, recipe.train.validation, recipe.train.seed + 1)
+    splits = {
+        "train": (training, recipe.queries),
+        "validation": (validation, recipe.queries),
+        "eval": (held_out, section),
+    }
+    for name in ("train", "eval"):
+        if not splits[name][0]:
+            raise DataError(
+                f"no rows are left for {name}",
+                found=f"{len(found.rows)} queries",
+                fix="give more queries, or eval.data",
+            )
+    counts = {name: len(part) for name, (part, _) in splits.items()}
+    hashes = fingerprint([[r.id for r in part] for part, _ in splits.values()])
+    counts |= {"demos": len(prompter.context.demos), "dropped_duplicates": dropped, "left_out_by_limit": left_out}
+    return splits, {**counts, "sha256": hashes}
+
+
+def unique(rows: list[Row], section: DataSection, prompter: Prompter) -> tuple[list[Row], int]:
+    """Rows without repeated queries, if the section says to drop them; else as they are (`check_overlap` will refuse)."""
+    if section.duplicates != "drop":
+        return rows, 0
+    return data.drop_duplicates(rows, lambda row: data.query_key(identity(prompter, row, section)))
+
+
+def identity(prompter: Prompter, row: Row, section: DataSection) -> str:
+    """What makes a row a repetition of another: its query, and its own context if it has one."""
+    c = prompter.recipe.context
+    own = [str(row.fields.get(name)) for name in (c.column, c.teacher_prompt) if name]
+    return "\n".join([prompter.query_text(row, section), *own])
+
+
+def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str, Any]:
+    """`recipe.json`: what made this run. Its fingerprint covers everything that the result depends on."""
+    values = recipe.to_dict()
+    # What changes no result may change between two attempts at one run, such as gate.on_fail after the gate said no.
+    decisive = {name: value for name, value in values.items() if name not in {"name", "gate", "cost"}}
+    prompts = fingerprint([[p.teacher, p.student] for found in rows.pairs.values() for p in found])
+    c = recipe.context
+    context = {
+        "sha256": prompter.fingerprint,
+        "kinds": [k for k in type(c).model_fields if getattr(c, k) and not k.startswith("student")],
+    }
+    preview = "\n".join(
+        text
+        for text, kind in prompter.parts(rows.splits["train"][0][0], recipe.queries, teacher=True)
+        if kind == "context"
+    )
+    facts = {
+        "tokens": len(rows.pairs["train"][0].teacher) - len(rows.pairs["train"][0].student),
+        "preview": preview[:2000],
+    }
+    versions = {
+        name: importlib.metadata.version(name) for name in ("ctxdistill", "torch", "transformers", "peft", "accelerate")
+    }
+    return {
+        "recipe": values,
+        "base_dir": str(recipe.base_dir),
+        "explicit": explicit(recipe),
+        "fingerprint": fingerprint([decisive, lm.fingerprint, prompter.fingerprint, rows.counts, prompts]),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {**versions, "python": platform.python_version()},
+        "model": lm.info,
+        "context": context | facts,
+        "rows": dict(rows.counts),
+        "student_prompt": prompter.student_prompt(),
+        "loss": f"{recipe.train.loss} = {losses.LOSSES[recipe.train.loss].formula}",
+    }
+
+
+def explicit(section: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the values that the user gave."""
+    names = []
+    for name in sorted(section.model_fields_set - {"base_dir"}):
+        value = getattr(section, name)
+        nested = hasattr(value, "model_fields_set")
+        names += explicit(value, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+    return names
+
+
+def stored_recipe(run: RunDir) -> Recipe:
+    """The recipe that a run was made with."""
+    stored = run.read_json("recipe.json")
+    return Recipe.from_dict(stored["recipe"], base_dir=stored["base_dir"])
