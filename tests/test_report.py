@@ -395,6 +395,9 @@ def test_the_verdict_does_not_hide_an_adapter_that_is_worse_than_its_teacher() -
     remarks = " ".join(report.verdict(evaluation)["remarks"])
     assert "-10.0 points [-16.0, -4.0]: the adapter is worse than its teacher" in remarks
     assert "no difference shown" not in remarks
+    for kept, level in ((0.3, "partial"), (0.9, "close")):  # whatever the KL says, that is not faithful
+        evaluation["gap_closed"] = {"mean": kept, "low": kept - 0.1, "high": kept + 0.1}
+        assert report.verdict(evaluation)["level"] == level
 
 
 def test_it_says_why_gap_closed_is_undefined(tmp_path: Path) -> None:

@@ -115,6 +115,10 @@ def verdict(evaluation: Mapping[str, Any]) -> Data:
                 else ", which is not distinguishable from nothing"
             )
     metric = evaluation.get("main_metric")
+    if level in LEVELS and any(_worse(pair, metric) for pair in evaluation.get("comparisons") or []):
+        # A KL that is mostly form (the right kind of answer) can be closed while the answers are not the teacher's.
+        gap = (evaluation.get("gap_closed") or {}).get("mean")
+        level = "close" if finite(gap) and gap >= LEVELS["close"] else "partial"
     if metric and student.get(metric) and teacher.get(metric):
         unit = " %" if metric_label(metric).endswith("%") else ""
         claim += f" and answers with {scored(metric, student[metric]['mean'])}"
@@ -159,10 +163,21 @@ def _remarks(evaluation: Mapping[str, Any], level: str, metric: str | None) -> l
     return remarks
 
 
-def _against_teacher(pair: Mapping[str, Any]) -> str:
+def _student_minus_teacher(pair: Mapping[str, Any]) -> Data:
     sign = 1 if pair["a"] == "distilled" else -1
     low, high = sorted(sign * pair["difference"][key] for key in ("low", "high"))
-    difference = {"mean": sign * pair["difference"]["mean"], "low": low, "high": high}
+    return {"mean": sign * pair["difference"]["mean"], "low": low, "high": high}
+
+
+def _worse(pair: Mapping[str, Any], metric: str | None) -> bool:
+    """Whether the pair shows the adapter below its teacher."""
+    asked = metric == pair["metric"] and {pair["a"], pair["b"]} == {"distilled", "in_context"}
+    return asked and bool(_student_minus_teacher(pair)["high"] < 0)
+
+
+def _against_teacher(pair: Mapping[str, Any]) -> str:
+    difference = _student_minus_teacher(pair)
+    low, high = difference["low"], difference["high"]
     found = "worse" if high < 0 else "better" if low > 0 else ""
     end = f": the adapter is {found} than its teacher." if found else "; no difference shown."
     label = metric_label(pair["metric"])
