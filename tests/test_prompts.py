@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import tiny
 from ctxdistill.errors import DataError, ModelError, RecipeError
@@ -56,6 +58,19 @@ def test_text_prompts_to_the_character(tmp_path: Path) -> None:
     assert text(p, p.completion("EMU")) == " EMU\n\n"
     assert p.ends(p.ids("EMU\n\n")) and not p.ends(p.ids("EMU\n"))
     assert p.text(p.ids(" EMU\n\nQ: more")) == "EMU"
+
+
+def test_an_answer_in_the_middle_of_a_line_gets_no_second_space(tmp_path: Path) -> None:
+    """SentencePiece tokenizers put a space before every text that they are given."""
+    letters = [*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ:.▁\n"]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["<s>", "</s>", *letters])}, []))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    sentencepiece = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    p = prompter(tmp_path, sentencepiece, **TEXT)
+    whole = p.tokenizer("say red\nA: RED\n\n", add_special_tokens=False)["input_ids"]
+    assert p.completion("RED") == tuple(whole[-len(" RED\n\n") :])
+    assert p.tokenizer.convert_ids_to_tokens(list(p.completion("RED"))) == ["▁", "R", "E", "D", "\n", "\n"]
 
 
 @pytest.mark.parametrize(

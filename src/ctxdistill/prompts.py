@@ -96,8 +96,20 @@ class Prompter:
     # -- words to ids -------------------------------------------------------------------------------------------------
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a piece of text, nothing added."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Token ids of a piece of text, nothing added.
+
+        In the text style an answer goes on in the middle of a line, where SentencePiece tokenizers do not put the space
+        that they put at the start of a text; so it is tokenised after an anchor, which is then taken off.
+        """
+
+        def plain(text: str) -> list[int]:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        if self.recipe.prompt.style == "text":
+            anchor, both = plain(":"), plain(f":{text}")
+            if both[: len(anchor)] == anchor:  # else they merge, and then there is no such space either
+                return both[len(anchor) :]
+        return plain(text)
 
     def _end(self) -> tuple[int, ...]:
         """The ids that end an answer: what the template writes after an assistant's turn, or the stop text."""
