@@ -73,9 +73,10 @@ def test_rows_that_end_early_leave_the_batch(llama: Path) -> None:
     prompts = [ids for ids, _ in ROWS]
     whole = lm.generate(prompts, max_new_tokens=8)
     stop = whole[1][2]  # pretend that this token ends an answer
-    cut = lm.generate(prompts, max_new_tokens=8, ends=lambda ids: ids[-1] == stop)
-    for long, short in zip(whole, cut, strict=True):
-        assert short == (long[: long.index(stop) + 1] if stop in long else long)
+    for prefix in (None, lm.prefix(prompts)):
+        cut = lm.generate(prompts, max_new_tokens=8, ends=lambda ids: ids[-1] == stop, prefix=prefix)
+        for long, short in zip(whole, cut, strict=True):
+            assert short == (long[: long.index(stop) + 1] if stop in long else long)
     assert len(cut[1]) <= 3
 
 
