@@ -44,7 +44,14 @@ def estimate(
     wide = getattr(c, "intermediate_size", None) or getattr(c, "ffn_dim", None) or 4 * c.hidden_size
     batch = (recipe.train.micro_batch or recipe.train.batch_size) * length
     activations = batch * c.num_hidden_layers * (14 * c.hidden_size + 5 * wide) * size
-    memory = lm.info["parameters"] * size + activations + 6 * 2**26
+    context = max(len(p.teacher) for p in rows.pairs["eval"])
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    caches = recipe.targets.batch_size * context * c.num_hidden_layers * 2 * heads * head_size * size
+    weights = lm.info["parameters"] * size
+    if lm.device.type == "cpu":
+        weights = 2 * weights + 5 * 10**8  # the file stays mapped beside the tensors; and the libraries
+    memory = weights + max(caches, activations + 6 * 2**26)  # logits of both sides, a chunk at a time
     return {
         "seconds": seconds,
         "memory_mb": memory / 2**20,
