@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,14 @@ def test_try_streams_each_arm(run: pipeline.Run) -> None:
     whole = model.generate(prompt["input_ids"], max_new_tokens=4, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     said = "".join(piece for arm, piece in pieces if arm == "distilled")
     assert said.strip() == tokenizer.decode(whole, skip_special_tokens=True).strip()
+
+
+def test_who_stops_reading_stops_the_writing(run: pipeline.Run) -> None:
+    pieces = pipeline.try_text(run.path, "say emu", max_new_tokens=400)
+    next(pieces)
+    pieces.close()
+    alive = [t for t in threading.enumerate() if t is not threading.main_thread() and "write" in t.name]
+    assert not alive
 
 
 def test_show_needs_no_weights(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,11 +220,12 @@ def try_(
         from ctxdistill import pipeline
 
         shown, answers = display.Answers(display.console()), dict.fromkeys(display.TRIED, "")
-        for arm, piece in pipeline.try_text(run, text, max_new_tokens=max_new_tokens):
-            watcher.close()  # from here on the answers have the terminal
-            answers[arm] += piece
-            if not as_json:
-                shown.add(arm, piece)
+        with contextlib.closing(pipeline.try_text(run, text, max_new_tokens=max_new_tokens)) as pieces:
+            for arm, piece in pieces:
+                watcher.close()  # from here on the answers have the terminal
+                answers[arm] += piece
+                if not as_json:
+                    shown.add(arm, piece)
     if as_json:
         _json({"query": text, "answers": answers})
     else:

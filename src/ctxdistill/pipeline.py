@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,9 @@ def load_student(run: str | Path, *, merge: bool = False) -> tuple[Any, Any]:
     return (lm.peft.merge_and_unload() if merge else lm.peft), lm.tokenizer
 
 
-def try_text(run: str | Path, text: str, *, max_new_tokens: int | None = None) -> Iterator[tuple[str, str]]:
+def try_text(
+    run: str | Path, text: str, *, max_new_tokens: int | None = None
+) -> Generator[tuple[str, str], None, None]:
     """Answer `text` as base model, as teacher with the context, and as student: (arm, piece of text) as it is written."""
     folder = RunDir.existing(run)
     recipe = stored_recipe(folder)
@@ -297,27 +299,36 @@ def save_adapter(lm: LM, run: RunDir) -> None:
 
 
 def stream(lm: LM, prompter: Prompter, prompt: Sequence[int], limit: int) -> Iterator[str]:
-    """The answer to `prompt`, piece by piece."""
+    """The answer to `prompt`, piece by piece. A reader who stops early stops the writing, too."""
     tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+    abandoned = threading.Event()
+
+    def ends(ids: list[int]) -> bool:
+        return abandoned.is_set() or prompter.ends(ids)
 
     def write() -> None:
         try:
-            lm.generate([prompt], max_new_tokens=limit, ends=prompter.ends, on_token=tokens.put)
+            lm.generate([prompt], max_new_tokens=limit, ends=ends, on_token=tokens.put)
             tokens.put(None)
         except BaseException as error:  # handed to the reader
             tokens.put(error)
 
-    threading.Thread(target=write, daemon=True).start()
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
     ids: list[int] = []
     shown = ""
-    while (token := tokens.get()) is not None:
-        if isinstance(token, BaseException):
-            raise token
-        ids.append(token)
-        text = prompter.text(ids)
-        if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
+    try:
+        while (token := tokens.get()) is not None:
+            if isinstance(token, BaseException):
+                raise token
+            ids.append(token)
+            text = prompter.text(ids)
+            if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\ufffd"):
+                yield text[len(shown) :]
+                shown = text
+    finally:
+        abandoned.set()
+        writer.join()
 
 
 __all__ = ["Run", "demo", "distill", "evaluate", "gate", "load_student", "report", "show", "try_text"]
