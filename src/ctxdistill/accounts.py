@@ -93,26 +93,32 @@ def truncated(recipe: Recipe, prompter: Prompter, examples: Sequence[Example]) -
     return sum(not prompter.ends(list(e.target.ids)) for e in examples)
 
 
-def cost(recipe: Recipe, lm: LM, run: RunDir, examples: Sequence[Example], result: dict[str, Any]) -> dict[str, Any]:
-    """What distilling took, what a request saves, and after how many requests it has paid for itself."""
+def spent(
+    recipe: Recipe, lm: LM, run: RunDir, examples: Sequence[Example], result: dict[str, Any]
+) -> tuple[dict[str, float], int]:
+    """What distilling took: seconds by stage, and tokens in forwards of one token."""
     seconds = {"gate": 0.0, "label": 0.0, "train": 0.0, "evaluate": 0.0}
     for line in reversed(run.read_jsonl("timings.jsonl")):  # the first time counts: later ones found the work done
         seconds[line["stage"]] = line["seconds"]
-    seconds["train"] = max(
-        seconds["train"], result["training"]["seconds"]
-    )  # that of a resumed run is kept in its state
+    # a resumed run has trained in several processes; its state knows the whole
+    seconds["train"] = max(seconds["train"], result["training"]["seconds"])
     seconds["total"] = sum(seconds.values())
-    table = result["table"]
-    saved = table["in_context"]["prompt_tokens"]["mean"] - table["distilled"]["prompt_tokens"]["mean"]
-    timed_arms = all("latency_ms" in table[arm] for arm in ("in_context", "distilled"))
-    ms_saved = (
-        table["in_context"]["latency_ms"]["mean"] - table["distilled"]["latency_ms"]["mean"] if timed_arms else None
-    )
+    arms = result["table"]
+    context = arms["in_context"]["prompt_tokens"]["mean"] - arms["distilled"]["prompt_tokens"]["mean"]
+    shared = lm.can_share and not (recipe.context.column or recipe.context.teacher_prompt)
     lengths = sum(len(e.prompt) + len(e.target.ids) for e in examples)
-    # In forwards of one token: the teacher reads the context once and each row once; a training step is about 3 forwards.
-    # (models whose cache cannot be shared, and contexts of each row's own, read it for every row)
-    shared = not lm.notes and not (recipe.context.column or recipe.context.teacher_prompt)
-    tokens = saved * (1 if shared else len(examples)) + lengths + 3 * lengths * result["training"]["epochs"]
+    # The teacher reads a shared context once, and each row once; a training step is about 3 forwards.
+    teacher = context * (1 if shared else len(examples)) + lengths
+    return seconds, round(teacher + 3 * lengths * result["training"]["epochs"])
+
+
+def cost(recipe: Recipe, table: dict[str, Any], seconds: dict[str, float], tokens: int) -> dict[str, Any]:
+    """What a request saves, and after how many requests the `seconds` and `tokens` spent are earned back."""
+    teacher, student = table["in_context"], table["distilled"]
+    saved = teacher["prompt_tokens"]["mean"] - student["prompt_tokens"]["mean"]
+    ms_saved = None
+    if "latency_ms" in teacher and "latency_ms" in student:
+        ms_saved = teacher["latency_ms"]["mean"] - student["latency_ms"]["mean"]
     money = None
     c = recipe.cost
     if c.per_million_tokens and c.machine_hour and saved > 0:
@@ -124,7 +130,7 @@ def cost(recipe: Recipe, lm: LM, run: RunDir, examples: Sequence[Example], resul
         "ms_saved": ms_saved,
         "break_even_requests": round(1000 * seconds["total"] / ms_saved) if ms_saved and ms_saved > 0 else None,
         "break_even_money": money,
-        "training_tokens": round(tokens),
+        "training_tokens": tokens,
         "break_even_tokens": round(tokens / saved) if saved > 0 else None,
     }
 

@@ -197,15 +197,20 @@ class LM:
                 fix="check the weights, or use another model",
             )
 
+    @property
+    def can_share(self) -> bool:
+        """Whether rows can share a prefix's cache: a sliding-window layer drops keys that the next row still needs, and
+        a state-space layer has no keys."""
+        layers = DynamicCache(config=self.model.config).layers
+        return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
     def prefix(self, sequences: Sequence[Sequence[int]]) -> Prefix | None:
         """The longest common prefix of `sequences`, forwarded once, or None where sharing it does not pay or is not
         possible: shorter than 16 tokens, or a cache that is not a plain key-value cache (sliding window, state space)."""
         ids = common_prefix(sequences)
         if len(ids) < 16 or len(sequences) < 2:
             return None
-        # A sliding-window layer drops keys that the next row still needs; state-space layers have no keys to share.
-        layers = DynamicCache(config=self.model.config).layers
-        if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+        if not self.can_share:
             self._note(
                 f"{self.info['architecture']} has no cache that rows can share; the context is read again for each row"
             )

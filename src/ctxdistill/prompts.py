@@ -80,9 +80,9 @@ class Prompter:
     label words that cannot be told apart.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Any, context: Context | None = None) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
-        self.context = context or Context.read(recipe)
+        self.context = Context.read(recipe)
         if recipe.prompt.style == "chat" and not tokenizer.chat_template:
             raise ModelError(
                 f"the tokenizer of {recipe.model.name} has no chat template",
@@ -424,7 +424,9 @@ class Prompter:
         names = sorted(fields_of(p.pattern)) if self.recipe.queries.messages is None else ["prompt"]
         fields = {name: "{query}" if name == "prompt" else f"{{{name}}}" for name in names}
         section = self.recipe.queries.model_copy(update={"messages": None, "prompt": "prompt"})
-        text = "".join(t for t, _ in self._all_parts(Row(id="", fields=fields, origin="the student's prompt"), section))
+        text = "".join(
+            t for t, _ in self._served_parts(Row(id="", fields=fields, origin="the student's prompt"), section)
+        )
         inserts = ""
         if chat and self.recipe.context.student_system is None:
             turns = [{"role": role, "content": "\ue000"} for role in ("user", "assistant", "user")]
@@ -440,7 +442,7 @@ class Prompter:
             "add_special_tokens": not chat,
         }
 
-    def _all_parts(self, row: Row, section: DataSection) -> list[Part]:
+    def _served_parts(self, row: Row, section: DataSection) -> list[Part]:
         """The student's parts without the BOS that tokenising adds in the text style."""
         if self.recipe.prompt.style == "text":
             return [(text, "query") for text in self._text(row, section, teacher=False)]

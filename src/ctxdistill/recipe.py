@@ -328,6 +328,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         """Contradictions between sections; all of them are collected and reported in one message."""
+        problems = [*self._context(), *self._prompt(), *self._training(), *self._evaluation()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _context(self) -> list[str]:
         c, p, problems = self.context, self.prompt, list[str]()
         kinds = {
             "system": c.system, "system_file": c.system_file, "documents": c.documents, "messages": c.messages,
@@ -346,6 +352,14 @@ class Recipe(Section):
             problems.append(f"context.teacher_prompt excludes the other kinds, found {', '.join(given)}; keep one")
         if c.student_demos and not c.demos:
             problems.append("context.student_demos needs context.demos")
+        if c.demos_limit and c.student_demos > c.demos_limit:
+            problems.append(
+                f"context.student_demos = {c.student_demos} is more than context.demos_limit = {c.demos_limit}"
+            )
+        return problems
+
+    def _prompt(self) -> list[str]:
+        c, p, problems = self.context, self.prompt, list[str]()
         ignored = {
             "chat": ("instruction", "student_instruction", "separator", "stop"),
             "text": ("template_kwargs", "teacher_template_kwargs"),
@@ -359,31 +373,10 @@ class Recipe(Section):
             problems.append(
                 'prompt.style = "text" has no roles: queries.messages and eval.messages need prompt.style = "chat"'
             )
-        if not self.completions.supervise_end and self.completions.source == "teacher":
-            problems.append('completions.supervise_end = false needs completions.source = "data" or "label"')
         if p.style == "text" and (c.messages or c.system or c.system_file or c.student_system is not None):
             problems.append(
                 'prompt.style = "text" has no roles: system and messages cannot be rendered; use prompt.instruction and '
                 'context.documents, or prompt.style = "chat"'
-            )
-        if self.queries.data is None:
-            problems.append("queries.data: missing; expected a data file or hub:owner/name")
-        if self.completions.source == "label" and not p.label_words:
-            problems.append('completions.source = "label" needs prompt.label_words')
-        if self.completions.samples > 1 and self.completions.temperature == 0:
-            problems.append(
-                "completions.samples above 1 needs completions.temperature above 0; greedy samples are all the same"
-            )
-        if self.completions.samples > 1 and self.completions.source != "teacher":
-            problems.append('completions.samples above 1 needs completions.source = "teacher"')
-        if self.targets.kind == "topk" and self.train.temperature != 1:
-            problems.append(
-                'targets.kind = "topk" works at train.temperature = 1 only: the tail is one number and cannot be softened; '
-                'use targets.kind = "hidden"'
-            )
-        if c.demos_limit and c.student_demos > c.demos_limit:
-            problems.append(
-                f"context.student_demos = {c.student_demos} is more than context.demos_limit = {c.demos_limit}"
             )
         if not all(word.strip() for word in p.label_words):
             problems.append("prompt.label_words: an empty word")
@@ -403,6 +396,31 @@ class Recipe(Section):
                 )
             if not names:
                 problems.append(f"prompt.{key} has no field, so that all rows would be the same; found {pattern!r}")
+        return problems
+
+    def _training(self) -> list[str]:
+        p, problems = self.prompt, list[str]()
+        if self.queries.data is None:
+            problems.append("queries.data: missing; expected a data file or hub:owner/name")
+        if self.completions.source == "label" and not p.label_words:
+            problems.append('completions.source = "label" needs prompt.label_words')
+        if self.completions.samples > 1 and self.completions.temperature == 0:
+            problems.append(
+                "completions.samples above 1 needs completions.temperature above 0; greedy samples are all the same"
+            )
+        if self.completions.samples > 1 and self.completions.source != "teacher":
+            problems.append('completions.samples above 1 needs completions.source = "teacher"')
+        if self.targets.kind == "topk" and self.train.temperature != 1:
+            problems.append(
+                'targets.kind = "topk" works at train.temperature = 1 only: the tail is one number and cannot be softened; '
+                'use targets.kind = "hidden"'
+            )
+        if not self.completions.supervise_end and self.completions.source == "teacher":
+            problems.append('completions.supervise_end = false needs completions.source = "data" or "label"')
+        return problems
+
+    def _evaluation(self) -> list[str]:
+        problems = list[str]()
         if self.eval.format is not None:
             try:
                 re.compile(self.eval.format)
@@ -414,9 +432,7 @@ class Recipe(Section):
                 problems.append(
                     f"eval.metrics: unknown metric {metric!r}{_nearest(metric, known)}; or give module:function"
                 )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+        return problems
 
 
 def fields_of(pattern: str) -> set[str]:

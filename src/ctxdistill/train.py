@@ -188,11 +188,11 @@ def train(
                 parameter.grad = accelerator.reduce(
                     parameter.grad if parameter.grad is not None else torch.zeros_like(parameter), "sum"
                 )
-            stats = {
-                k: v.item()
-                for k, v in accelerator.reduce({k: torch.tensor(v) for k, v in sorted(stats.items())}, "sum").items()
-            }
-            total = accelerator.reduce(torch.tensor(total), "sum").item()
+            # one tensor of a fixed length: a process without a row in this step must take part all the same
+            names = ("kl", "reverse_kl", "jsd", "forward_kl", "ce", "teacher_entropy", "student_entropy")
+            sums = torch.tensor([total, *(stats.get(name, 0.0) for name in names)], device=accelerator.device)
+            total, *values = accelerator.reduce(sums, "sum").tolist()
+            stats = {name: value for name, value in zip(names, values, strict=True) if name in stats}
         norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), section.clip))
         check_step(state.step + 1, total, norm, batch)
         optimizer.step()
@@ -327,12 +327,16 @@ def load_tensors(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
 
 
 def open_checkpoint(path: Path) -> Any:
-    """Raises `TrainError` naming a checkpoint that cannot be read."""
+    """Raises `TrainError` naming a checkpoint that cannot be read, and what to delete: the best adapter cannot be had
+    again but by training again, a checkpoint has one before it."""
+    damaged, again = (
+        (path.parent, "train again") if path.name.startswith("best") else (path, "go on from the one before")
+    )
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise TrainError(
-            f"the checkpoint {path} is damaged: {error}", fix="delete it and go on with --resume from the one before"
+            f"the checkpoint {path} is damaged: {error}", fix=f"delete {damaged} and {again} with --resume"
         ) from None
 
 
