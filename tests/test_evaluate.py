@@ -61,11 +61,14 @@ def test_labels_are_scored_by_their_whole_sequence(job: Path) -> None:
     labels = {"ANT": prompter.completion("ANT"), "BEE": prompter.completion("BEE"), "OXEN": prompter.completion("OXEN")}
     with torch.no_grad():
         fast = score_labels(lm, prompts, labels, prefix=lm.prefix(prompts), batch_size=5)
+        assert fast.first.shape == (len(prompts), 32)
         for i, prompt in enumerate(prompts):
+            first = lm.hidden([([*prompt, 5], 1)])[0][0]
+            assert torch.allclose(fast.first[i], first, atol=1e-4)
             for j, ids in enumerate(labels.values()):
                 logprobs = lm.model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0].log_softmax(-1)
                 slow = sum(logprobs[len(prompt) - 1 + t, token].item() for t, token in enumerate(ids))
-                assert fast[i, j].item() == pytest.approx(slow, rel=1e-4, abs=1e-3)
+                assert fast.logprobs[i, j].item() == pytest.approx(slow, rel=1e-4, abs=1e-3)
 
 
 def test_label_tasks_are_measured_by_label(job: Path) -> None:

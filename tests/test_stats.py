@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -13,10 +14,15 @@ from ctxdistill.stats import (
     bootstrap_mean,
     closed,
     constant_baseline,
+    crossed_closed,
+    crossed_difference,
+    crossed_mean,
+    holm,
     kl_closed,
     macro_f1,
     mcnemar,
     paired_difference,
+    sign_flip,
 )
 
 OPTIONS = {"resamples": 1000, "seed": 0}
@@ -168,6 +174,130 @@ def test_ratio_survives_resamples_without_a_denominator() -> None:
     got = kl_closed([0.1, 0.0], [1.0, 0.0], [1, 1], **OPTIONS)  # a quarter of the resamples has a base of 0
     assert got is not None
     assert (got.mean, got.low, got.high) == pytest.approx((0.9, 0.9, 0.9))
+
+
+# -- several demonstration sets ---------------------------------------------------------------------------------------
+
+
+def answers(random: np.random.Generator, sets: int, rows: int, *, by_set: float, by_row: float = 1.0) -> np.ndarray:
+    """0/1 scores [S, N] that are 1 half of the time; `by_set`, `by_row`: how much sets and rows differ (logits)."""
+    effects = random.normal(0, by_set, (sets, 1)) + random.normal(0, by_row, (1, rows))
+    return (effects + random.logistic(0, 1, (sets, rows)) > 0).astype(float)
+
+
+@pytest.mark.parametrize(("sets", "by_set", "least"), [(3, 0.0, 0.94), (3, 1.0, 0.89), (4, 0.4, 0.91), (8, 1.0, 0.91)])
+def test_coverage_over_sets_and_rows(sets: int, by_set: float, least: float) -> None:
+    def one(random: np.random.Generator) -> Estimate:
+        return crossed_mean(answers(random, sets, 100, by_set=by_set), resamples=400, seed=0)
+
+    assert coverage(one, 0.5) >= least  # a crossed bootstrap that is not widened covers 77 % with 3 sets that differ
+
+
+def test_coverage_of_a_difference_over_sets_and_rows() -> None:
+    def one(random: np.random.Generator) -> Estimate:
+        a, b = (answers(random, 3, 100, by_set=0.5) for _ in range(2))
+        return crossed_difference(a, b, resamples=400, seed=0)
+
+    assert coverage(one, 0.0) >= 0.91
+
+
+def test_crossed_interval_is_that_of_a_slow_bootstrap() -> None:
+    x = answers(np.random.default_rng(1), 30, 60, by_set=1.5)  # many sets: nothing to widen but a few per cent
+    random, means = np.random.default_rng(2), []
+    for _ in range(2000):
+        sets, rows = random.integers(0, 30, 30), random.integers(0, 60, 60)
+        means.append(x[np.ix_(sets, rows)].mean())
+    got = crossed_mean(x, resamples=2000, seed=0)
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert got.mean == x.mean()
+    assert (got.low, got.high) == (pytest.approx(low, abs=0.015), pytest.approx(high, abs=0.015))
+
+
+def test_sets_that_differ_widen_the_interval_and_fewer_than_three_do_not_count() -> None:
+    rows = np.random.default_rng(3).random(200)
+    apart = np.stack([rows < level for level in (0.2, 0.5, 0.8)])
+    alike = np.stack([rows < 0.5] * 3)
+    widths = [(e := crossed_mean(x, resamples=1000, seed=0)).high - e.low for x in (alike, apart, apart[[0, 2]])]
+    assert widths[1] > 4 * widths[0]
+    assert widths[2] == pytest.approx(widths[0], rel=0.5)  # over rows only
+    one = crossed_mean(alike[:1], **OPTIONS)
+    assert one == bootstrap_mean(alike[0], **OPTIONS)
+
+
+def test_crossed_intervals_keep_a_width_and_stay_where_shares_are() -> None:
+    ones = crossed_mean(np.ones((3, 20)), **OPTIONS)
+    assert (ones.mean, ones.high, ones.n) == (1, 1, 20)
+    assert 0.7 < ones.low < 0.95
+    same = crossed_difference(np.ones((3, 20)), np.ones((3, 20)), **OPTIONS)
+    assert -0.2 < same.low < 0 == same.mean < same.high < 0.2
+    apart = crossed_difference(np.ones((3, 20)), np.zeros((3, 20)), **OPTIONS)
+    assert 0.7 < apart.low < apart.mean == apart.high == 1
+    halves = crossed_mean([[1, 1, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2, **OPTIONS)
+    assert halves.low < 0.5 < halves.high
+
+
+def test_an_arm_without_demonstrations_is_paired_with_every_set() -> None:
+    random = np.random.default_rng(4)
+    many, one = answers(random, 4, 80, by_set=0.1), answers(random, 1, 80, by_set=0)
+    repeated = crossed_difference(many, np.repeat(one, 4, axis=0), **OPTIONS)
+    assert crossed_difference(many, one, **OPTIONS) == repeated
+    backwards = crossed_difference(one, many, resamples=4000, seed=0)
+    assert (backwards.mean, backwards.low) == (-repeated.mean, pytest.approx(-repeated.high, abs=0.03))
+
+
+def test_crossed_closed() -> None:
+    zero = np.zeros((1, 40))
+    teacher = np.repeat([np.r_[np.ones(30), np.zeros(10)]], 3, axis=0)
+    student = np.repeat([np.r_[np.ones(24), np.zeros(16)]], 3, axis=0)
+    got = crossed_closed(student, zero, teacher, **OPTIONS)
+    assert isinstance(got, Estimate)
+    assert got.mean == pytest.approx(0.8)
+    assert 0.6 < got.low < 0.8 < got.high < 1
+    assert "3 demonstration sets" in str(crossed_closed(student, zero, np.repeat(zero, 3, axis=0), **OPTIONS))
+    assert crossed_closed(student[:1], zero, teacher[:1], **OPTIONS) == closed(
+        student[0], zero[0], teacher[0], **OPTIONS
+    )
+
+
+def test_sign_flip_counts_all_flips() -> None:
+    random = np.random.default_rng(5)
+    for sets, scale in ((1, 1), (3, 1), (4, 1), (2, 8)):
+        a, b = (random.integers(0, scale + 1, (sets, 10)) / scale for _ in range(2))
+        d = (a - b).sum(0)
+        slow = np.mean([abs(np.dot(s, d)) >= abs(d.sum()) - 1e-9 for s in itertools.product((-1, 1), repeat=10)])
+        assert sign_flip(a - b) == pytest.approx(slow)
+    a, b = random.random((1, 200)) < 0.5, random.random((1, 200)) < 0.6
+    assert sign_flip(a.astype(float) - b) == pytest.approx(mcnemar(a[0], b[0]))
+    assert sign_flip(np.zeros((3, 5))) == 1.0
+    assert sign_flip(np.ones((3, 60))) == pytest.approx(2 / 2**60)  # no resolution that a Monte Carlo test would have
+
+
+def test_sign_flip_is_right_five_times_in_a_hundred_when_arms_are_equal() -> None:
+    random = np.random.default_rng(6)
+    rejected = np.mean([
+        sign_flip(answers(random, 3, 60, by_set=0.0) - answers(random, 3, 60, by_set=0.0)) < 0.05 for _ in range(400)
+    ])  # fmt: skip
+    assert 0.02 <= rejected <= 0.08
+
+
+def test_holm_known_values() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+    assert holm([0.2]) == [0.2]
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        holm([0.5, math.nan])
+
+
+def test_tables_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"same sets and rows.*\(2, 3\).*\(3, 3\)"):
+        crossed_difference(np.zeros((2, 3)), np.zeros((3, 3)), **OPTIONS)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        crossed_mean([[0.0, 2.0]], **OPTIONS)
+    with pytest.raises(ValueError, match="no rows"):
+        crossed_mean(np.zeros((2, 0)), **OPTIONS)
+    with pytest.raises(ValueError, match="sign-flip"):
+        sign_flip([[0.1234567, 0.7654321]])
 
 
 # -- tests and baselines ----------------------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
 """What a run will take, what it took, when it pays off, and what its reader must know.
 
-In: measured speeds before training; times, token counts and tables after it. Out: the `estimate` of the gate, and the
-parts `training`, `cost` and `notes` of `evaluation.json`. Invariant: a cost counts what was done once, however often the
-run was resumed.
+In: measured speeds before training; times, token counts and tables after it. Out: the `estimate` of the gate, the parts
+`training`, `cost` and `notes` of `evaluation.json`, FLOPs of forwards and of training, and peak memory. Invariants: a
+cost counts what was done once, however often the run was resumed; FLOPs of the parts of a sequence add up to those of
+the whole, so a cached start costs nothing twice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -46,8 +49,7 @@ def estimate(
     activations = batch * c.num_hidden_layers * (14 * c.hidden_size + 5 * wide) * size
     context = max(len(p.teacher) for p in rows.pairs["eval"])
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    caches = recipe.targets.batch_size * context * c.num_hidden_layers * 2 * heads * head_size * size
+    caches = recipe.targets.batch_size * context * c.num_hidden_layers * 2 * heads * head_size(c) * size
     weights = lm.info["parameters"] * size
     if lm.device.type == "cpu":
         weights = 2 * weights + 5 * 10**8  # the file stays mapped beside the tensors; and the libraries
@@ -165,3 +167,115 @@ def timed(run: RunDir, stage: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     run.append("timings.jsonl", {"stage": stage, "seconds": time.perf_counter() - started})
+
+
+# -- counted, not timed -----------------------------------------------------------------------------------------------
+
+
+def head_size(config: Any) -> int:
+    """Width of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def forward_flops(lm: LM, new: int, before: int = 0, projected: int = 0, *, classes: int = 0) -> float:
+    """FLOPs of one row without padding, a multiplication and an addition being two:
+
+        2 W new  +  4 a (sum over layers and new positions of the keys seen)  +  2 d V projected
+
+    with W the weights of all linear layers below the head (biases free), a = attention heads x head size (2 a for the
+    score and 2 a for the weighted value of each key), d and V the width and height of the head.
+
+    Not counted: look-ups in embeddings, norms, activations, softmax, rotary angles, the adapter (it can be merged),
+    mixtures of experts, and the recurrences of state-space layers. A position sees itself and the keys before it, at
+    most a sliding window of them; kernels that compute the whole rectangle and mask it do more.
+
+    Args:
+        new: tokens that go through the blocks. Scoring T tokens after a prompt of P, or generating them, is P + T - 1.
+        before: tokens whose keys and values are already cached.
+        projected: positions that go through the head; with `new = 0`, the head alone.
+        classes: height of a classification head that stands in for the vocabulary's (0: the vocabulary's).
+    """
+    head = lm.model.get_output_embeddings().weight  # [V, d]
+    tables = {id(head), *(id(m.weight) for m in lm.model.modules() if isinstance(m, torch.nn.Embedding))}
+    weights = sum(
+        p.numel()
+        for name, p in lm.model.named_parameters(remove_duplicate=False)
+        if p.dim() == 2 and "lora_" not in name and id(p) not in tables
+    )
+    height, width = head.shape
+    return float(2 * weights * new + _attention_flops(lm, new, before) + 2 * width * (classes or height) * projected)
+
+
+def _attention_flops(lm: LM, new: int, before: int) -> float:
+    config = lm.model.config.get_text_config()
+    sliding = getattr(config, "sliding_window", None) or before + new
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention"] * config.num_hidden_layers  # over everything, where there is no window
+    pairs = 0  # of a position and a key that it sees
+    for kind in kinds:
+        if "attention" in kind and kind != "linear_attention":
+            window = sliding if kind == "sliding_attention" else before + new
+            growing = min(max(window - before, 0), new)  # positions that still see everything before them
+            pairs += growing * before + growing * (growing + 1) // 2 + (new - growing) * window
+    return float(4 * config.num_attention_heads * head_size(config) * pairs)
+
+
+def training_flops(lm: LM, new: int, projected: int, adapted: Literal["lora", "full"], *, classes: int = 0) -> float:
+    """FLOPs of one row's forward and backward; arguments as for `forward_flops`. The optimizer is not counted.
+
+    - `full`: three forwards (the forward, gradients of activations, gradients of weights).
+    - `lora`: a forward, the gradients of activations (once more for linear layers and head, twice for attention, where
+      both factors of each product need one), and 6 FLOPs per token and weight of the adapter that is on the model. An
+      upper bound: the first layers that read the embeddings hand no gradient down.
+
+    The teacher comes on top: `forward_flops` to label a row, and where hidden states are stored its head,
+    `forward_flops(lm, 0, projected=T)`, each time they are used. `gradient_checkpointing` adds one forward.
+    """
+    forward = forward_flops(lm, new, projected=projected, classes=classes)
+    if adapted == "full":
+        return 3 * forward
+    adapter = sum(p.numel() for name, p in lm.model.named_parameters() if "lora_" in name)
+    return float(2 * forward + _attention_flops(lm, new, 0) + 6 * adapter * new)
+
+
+class Peak:
+    """Context manager: `mb` is the most memory in use while inside, in units of 2^20 bytes.
+
+    On CUDA what torch allocated on the device; otherwise the resident memory of the process, model and libraries
+    included. Where the system cannot forget an earlier peak (not Linux), `mb` is the peak since the process began and
+    `since_start` says so. One at a time: a second one inside resets the first one's peak.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.mb = 0.0
+        self.since_start = False
+
+    def __enter__(self) -> Peak:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return self
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # see proc(5): the peak starts again from what is in use now
+            _resident_peak()
+        except (OSError, LookupError):
+            self.since_start = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.type == "cuda":
+            self.mb = torch.cuda.max_memory_allocated(self.device) / 2**20
+        elif self.since_start:
+            import resource  # there is none on Windows
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            self.mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+        else:
+            self.mb = _resident_peak()
+
+
+def _resident_peak() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields["VmHWM"].split()[0]) / 1024

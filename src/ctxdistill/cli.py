@@ -39,6 +39,10 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Values in place of the recipe's: train.lr=1e-4.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and progress on stderr.")]
+Paper = Annotated[
+    Path | None,
+    typer.Option(help="For a study: a CSV of the paper's runs, shown beside ours.", show_default=False),
+]
 LOADING = "reading the rows, loading the model"
 Kind = Literal["system", "few-shot", "document"]
 
@@ -233,14 +237,67 @@ def try_(
 
 
 @app.command()
-def report(run: RunArgument, as_json: Json = False) -> None:
-    """Write report.html and report.md of a run again.
+def study(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[STUDY]", help="The study, a .toml file.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="The study's folder. Unset: runs/NAME.", show_default=False)] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Compute cells again that failed or did not fit.")] = False,
+    paper: Paper = None,
+    tasks: Annotated[bool, typer.Option("--tasks", help="List tasks, patterns and arms, and exit.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare in-context learning, fine-tuning and distillation on the same rows, and write a page about it.
+
+    Run it again to go on: finished cells are kept. A cell that cannot be computed becomes a row with its reason.
+
+    Example: ctxdistill study recipes/small.toml tasks.root=data --out runs/small
+    """
+    from ctxdistill.grid import ARMS, CONTROLS, Study
+    from ctxdistill.tasks import TASKS
+
+    if tasks:
+        found: dict[str, Any] = {
+            "tasks": {name: {"title": t.title, "labels": list(t.labels), "patterns": list(t.patterns),
+                             "ood": [*t.ood, *t.extra_ood]} for name, t in TASKS.items()},
+            "arms": {name: arm.about for name, arm in ARMS.items()},
+            "controls": CONTROLS,
+        }  # fmt: skip
+        _json(found) if as_json else display.grid(display.console(), found)
+        return
+    if path is None:
+        raise RunError("no study is named", expected="a .toml file", fix="ctxdistill study --tasks lists what there is")
+    loaded = Study.load(path, overrides or ())
+    folder = out or Path("runs") / (loaded.name or "study")
+    again = shlex.join(["ctxdistill", "study", str(path), *(overrides or ()), "--out", str(folder)])
+    with _work(as_json, f"stopped; go on with: {again}", first=f"{len(loaded.cells())} cells; {LOADING}") as watcher:
+        from ctxdistill import study as studies
+
+        page = studies.study(loaded, folder, retry=retry, paper_csv=paper, progress=watcher)
+    _say_page(page, as_json)
+
+
+@app.command()
+def report(run: RunArgument, paper: Paper = None, as_json: Json = False) -> None:
+    """Write report.html and report.md of a run or a study again.
 
     Example: ctxdistill report runs/support
     """
-    from ctxdistill.report import write_report
+    if (run / "study_recipe.json").is_file():
+        from ctxdistill.study_report import write_report as write_study_report
 
-    page = write_report(RunDir.existing(run).path)
+        page = write_study_report(run, paper)
+    else:
+        from ctxdistill.report import write_report
+
+        if paper:
+            raise RunError("--paper belongs to a study", found=f"{run} is no study's folder", fix="leave it out")
+        page = write_report(RunDir.existing(run).path)
+    _say_page(page, as_json)
+
+
+def _say_page(page: Path, as_json: bool) -> None:
     if as_json:
         _json({"report": str(page), "text": str(page.with_suffix(".md"))})
     else:

@@ -186,6 +186,21 @@ def gate(out: Console, found: Mapping[str, Any]) -> None:
         _item(out, text + (f", cost {expected['cost']:.2f}" if finite(expected.get("cost")) else ""))
 
 
+def grid(out: Console, found: dict[str, Any]) -> None:
+    """What a study can be made of."""
+    for title in ("tasks", "arms", "controls"):
+        table = Table(
+            box=None, pad_edge=False, title=title, title_justify="left", title_style="bold", show_header=False
+        )
+        for name, value in found[title].items():
+            if title == "tasks":
+                ood = ", ".join(value["ood"]) or "none"
+                value = f"{value['title']}; patterns {', '.join(value['patterns'])}; out of domain: {ood}"
+            table.add_row(plain(name), plain(value))
+        out.print(table)
+        out.print()
+
+
 def results(out: Console, path: Path, evaluation: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> None:
     """Everything that a finished run says: gate, table, five rows side by side, verdict, cost, files."""
     if evaluation.get("gate"):

@@ -177,7 +177,7 @@ def score_arm(
             greedy = [prompter.text(ids) for ids in written]
             predictions = greedy
             if recipe.prompt.label_words:
-                logprobs = score_labels(lm, prompts[some], prompter.labels, prefix=prefix, batch_size=batch)
+                logprobs = score_labels(lm, prompts[some], prompter.labels, prefix=prefix, batch_size=batch).logprobs
                 predictions = [recipe.prompt.label_words[i] for i in logprobs.argmax(1).tolist()]
             rows = [join(prompt, target.ids) for prompt, target in zip(prompts[some], targets[some], strict=True)]
             hiddens = lm.hidden(rows, prefix)

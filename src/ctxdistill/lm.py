@@ -2,7 +2,8 @@
 
 In: token ids. Out: final hidden states at the positions asked for, logits in fp32, generated ids. Invariants: there is
 one copy of the weights, frozen and without dropout; the teacher and the base model are this model with the adapter off,
-the student is it with the adapter on; a shared prefix is forwarded once and its key-value cache is never changed, only
+the student is it with the adapter on; only inside `all_weights`, for the study's fine-tuned arms, are the weights
+themselves trained, and they are put back at its end; a shared prefix is forwarded once and its key-value cache is never changed, only
 copied; scoring against it equals the full forward (`tests/test_lm.py` holds this for every supported architecture).
 
 Dimensions: B batch, L sequence, P prefix, T supervised positions, V vocabulary, d hidden size.
@@ -101,12 +102,16 @@ class LM:
     device: torch.device
     info: dict[str, Any]
     peft: Any = None
+    trains_head: bool = False
+    """Whether the output head is trained, too; else it is shared by teacher and student, and frozen."""
+    classes: torch.nn.Linear | None = None
+    """A classification head in place of the vocabulary's, while there is one."""
     notes: list[str] = field(default_factory=list)
     """What the user should know, such as a fall-back that was taken."""
 
     @classmethod
-    def load(cls, section: ModelSection, base_dir: Path = Path(".")) -> LM:
-        """Load the model and tokenizer that the recipe names, frozen, in eval mode.
+    def load(cls, section: ModelSection, base_dir: Path = Path("."), *, dropout: bool = False) -> LM:
+        """Load the model and tokenizer that the recipe names, frozen, in eval mode; `dropout` leaves the model's own in.
 
         Raises: `ModelError` when there is no such model, or its head is not understood.
         """
@@ -118,7 +123,8 @@ class LM:
         with loading(section.name):
             config = AutoConfig.from_pretrained(source, **options)
             for name, value in config.to_dict().items():
-                if ("dropout" in name or name.endswith("_pdrop") or name == "layerdrop") and isinstance(value, float):
+                kind = "dropout" in name or name.endswith("_pdrop") or name == "layerdrop"
+                if kind and isinstance(value, float) and not dropout:
                     setattr(config, name, 0.0)  # a frozen model has no noise; then train mode changes nothing either
             if section.attention != "auto":
                 options["attn_implementation"] = section.attention
@@ -136,7 +142,7 @@ class LM:
             "device": str(device),
             "architecture": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "window": window_of(config),
+            "window": min(window_of(config), section.window or window_of(config)),
             "trust_remote_code": section.trust_remote_code,
         }
         lm = cls(model, tokenizer, device, info)
@@ -169,6 +175,8 @@ class LM:
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final hidden states [..., d] -> logits [..., V] in fp32, with the model's own scale and softcap."""
+        if self.classes is not None:
+            return torch.as_tensor(self.classes(hidden).float())  # [..., classes]
         config = self.model.config.get_text_config()
         out = self.model.get_output_embeddings()
         logits = out(hidden.to(out.weight.dtype))  # [..., V]
@@ -370,19 +378,55 @@ class LM:
             raise ModelError(
                 f"the adapter in {folder} does not fit {self.info['name']}", found=str(error).split("\n")[0]
             ) from None
-        self.peft.eval()
+        self.training(False)
+
+    def remove_adapter(self) -> None:
+        """Take the adapter off for good; the base model is as it was."""
+        if self.peft is not None:
+            self.model = self.peft.unload()
+            self.peft = None
+        self.training(False)
+
+    @contextlib.contextmanager
+    def all_weights(self, classes: int = 0, seed: int = 0) -> Iterator[None]:
+        """Inside, all weights are trained, with a classification head of so many `classes` if asked for; afterwards they
+        are what they were before."""
+        before = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
+        try:
+            self.model.requires_grad_(True)
+            self.trains_head = True
+            if classes:
+                torch.manual_seed(seed)
+                width = self.model.get_output_embeddings().in_features
+                self.classes = torch.nn.Linear(width, classes, bias=False).to(self.device)
+            yield
+        finally:
+            self.classes, self.trains_head = None, False
+            self.model.requires_grad_(False)
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():
+                    parameter.copy_(before[name])
+                    parameter.grad = None
+            self.training(False)
+
+    def training(self, on: bool) -> None:
+        """Switch dropout on or off, where there is any."""
+        (self.peft or self.model).train(on)
 
     @contextlib.contextmanager
     def adapter(self, on: bool) -> Iterator[None]:
         """Inside, the model is the student (`on`) or the frozen base and teacher (off)."""
-        if on and self.peft is None:
+        if on and self.peft is None and not self.trains_head:
             raise RuntimeError("there is no adapter")  # a bug, not the user's
+        if not on and self.trains_head:
+            raise RuntimeError("the base model is being trained")  # a bug, not the user's
         with contextlib.nullcontext() if on or self.peft is None else self.peft.disable_adapter():
             yield
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The adapter's tensors by name, in a fixed order."""
-        return {n: p for n, p in sorted(self.model.named_parameters()) if "lora_" in n}
+        """What is trained (the adapter's tensors) by name, in a fixed order."""
+        head = self.classes.named_parameters(prefix="classes") if self.classes is not None else ()
+        return {n: p for n, p in sorted([*self.model.named_parameters(), *head]) if p.requires_grad}
 
 
 # -- finding and loading ----------------------------------------------------------------------------------------------

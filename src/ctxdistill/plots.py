@@ -1,8 +1,9 @@
-"""Plots for the report, as SVG that sits inside the page.
+"""Plots for the reports, as SVG that sits inside the page.
 
-In: lines of metrics.jsonl, evaluation.json. Out: `Markup` that starts with `<svg`, or nothing where there is nothing to
-plot. Invariants: equal input gives equal bytes; ink is `currentColor` on no background, so that a plot is legible in a
-light and in a dark page; no text from data is drawn; ids are unique in a page that holds several plots.
+In: lines of metrics.jsonl, evaluation.json; points of a study. Out: `Markup` that starts with `<svg`, or nothing where
+there is nothing to plot. Invariants: equal input gives equal bytes; ink is `currentColor` on no background, so that a
+plot is legible in a light and in a dark page; no text from data is drawn; ids are unique in a page that holds several
+plots.
 """
 
 from __future__ import annotations
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 INK = "#0a0b0c"  # stands for currentColor until the SVG is written
 STUDENT, TEACHER, FAINT = "#2f86de", "#d9822b", "#8b929c"
 SIZE = (4.4, 3.1)  # inches; narrow, so that the letters stay readable on a phone
+HUES = {
+    "baseline": ("#8b929c", "#a8793f"),
+    "prompt": ("#d9822b", "#b59a1f", "#c9622f", "#8f7a35"),
+    "finetune": ("#3c9f57", "#1f8f86", "#7d9a2a"),
+    "distill": ("#2f86de", "#7a5fe0", "#1fa3c4", "#a04fd0", "#4a6bc0", "#c552b4"),
+    "control": ("#d0506a", "#b5607a", "#c0453c"),
+}
+"""Colours of a study's arms, by family."""
+SHAPES = "osD^vP"
 
 
 def training_plot(metrics: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -119,6 +129,125 @@ def _break_even(teacher: float, student: float, paid: float, crossing: float, un
     )
 
 
+def arm_styles(arms: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Arm -> `color`, `marker` and `hollow`, different for all arms of a family while colours and shapes last."""
+    seen: dict[str, int] = {}
+    styles = {}
+    for arm in arms:
+        family = arm["family"] if arm["family"] in HUES else "distill"
+        i = seen[family] = seen.get(family, -1) + 1
+        hues = HUES[family]
+        shape = SHAPES[(i + i // len(hues)) % len(SHAPES)]
+        styles[arm["name"]] = {"color": hues[i % len(hues)], "marker": shape, "hollow": family == "control"}
+    return styles
+
+
+def arm_mark(style: Mapping[str, Any]) -> Markup:
+    """The marker of an arm, for a legend in the page."""
+    path = {
+        "o": "M6 1.6a4.4 4.4 0 1 0 .01 0z", "s": "M2 2h8v8H2z", "D": "M6 1l5 5-5 5-5-5z", "^": "M6 1.5l5 9H1z",
+        "v": "M6 10.5l5-9H1z", "P": "M4.4 1h3.2v3.4H11v3.2H7.6V11H4.4V7.6H1V4.4h3.4z",
+    }[style["marker"]]  # fmt: skip
+    fill = "none" if style["hollow"] else style["color"]
+    return Markup(
+        f'<svg class="mark" viewBox="0 0 12 12" aria-hidden="true"><path d="{path}" fill="{fill}" '
+        f'stroke="{style["color"]}" stroke-width="1.4"/></svg>'
+    )
+
+
+def domain_plot(points: Sequence[Mapping[str, Any]], constant: tuple[float, float] | None, name: str) -> Markup:
+    """Accuracy in domain (x) against out of domain (y), both from 0 to 100 %, with intervals.
+
+    Args:
+        points: `x` and `y` as (mean, low, high), `color`, `marker`, `hollow`.
+        constant: accuracy of the constant answer in domain and out of domain: dotted lines.
+        name: prefix of the plot's ids, unique in the page.
+    """
+    figure = _figure()
+    figure.set_size_inches(SIZE[0], SIZE[0])
+    axes = figure.subplots()
+    axes.plot([0, 100], [0, 100], color=INK, alpha=0.25, linewidth=1)
+    for value, line in zip(constant or (), (axes.axvline, axes.axhline), strict=False):
+        line(100 * value, color=INK, linestyle=":", linewidth=1.1)
+    for point in points:
+        (x, *x_ends), (y, *y_ends) = ([100 * v for v in point[side]] for side in ("x", "y"))
+        axes.plot(x_ends, [y, y], color=point["color"], alpha=0.45, linewidth=1.1)
+        axes.plot([x, x], y_ends, color=point["color"], alpha=0.45, linewidth=1.1)
+        _marker(axes, x, y, point)
+    _style(axes, "in domain, accuracy %", "out of domain, accuracy %")
+    _per_cent(axes, "xy")
+    axes.set_aspect("equal")
+    return _svg(figure, name, "Accuracy in domain against out of domain")
+
+
+def demos_plot(series: Sequence[Mapping[str, Any]], constant: float | None, name: str) -> Markup:
+    """Accuracy over the number of demonstrations, with bands; an arm without demonstrations is a horizontal line.
+
+    Args:
+        series: `points` as [(n, mean, low, high), ...], with n None for an arm that has no demonstrations.
+        constant, name: as for `domain_plot`.
+    """
+    figure = _figure()
+    axes = figure.subplots()
+    numbers = sorted({p[0] for s in series for p in s["points"] if p[0] is not None})
+    for one in series:
+        points = [(i, *p[1:]) for p in one["points"] for i, n in enumerate(numbers) if p[0] in (None, n)]
+        x, mean, low, high = ([p[0] if k == 0 else 100 * p[k] for p in points] for k in range(4))
+        flat = one["points"][0][0] is None
+        axes.plot(x, mean, color=one["color"], linewidth=1.5, linestyle="--" if flat else "-")
+        if not flat:
+            axes.fill_between(x, low, high, color=one["color"], alpha=0.1, linewidth=0)
+            for where, value in zip(x, mean, strict=True):
+                _marker(axes, where, value, one)
+    if constant is not None:
+        axes.axhline(100 * constant, color=INK, linestyle=":", linewidth=1.1)
+    _style(axes, "demonstrations", "accuracy %")
+    axes.set_xticks(range(len(numbers)), [str(n) for n in numbers])
+    _per_cent(axes, "y")
+    return _svg(figure, name, "Accuracy against the number of demonstrations")
+
+
+def cost_plot(points: Sequence[Mapping[str, Any]], constant: float | None, what: str, name: str) -> Markup:
+    """Accuracy against what it cost, on a logarithmic axis with a place for nothing at its left end.
+
+    Args:
+        points: `x` (a count, 0 or more) and `y` as (mean, low, high), `color`, `marker`, `hollow`.
+        what: label of the axis. constant, name: as for `domain_plot`.
+    """
+    figure = _figure()
+    axes = figure.subplots()
+    costs = [p["x"] for p in points if p["x"] > 0] or [1.0]
+    nothing = 10.0 ** (math.floor(math.log10(min(costs))) - 1)
+    for point in points:
+        x, (y, *ends) = max(point["x"], nothing), [100 * v for v in point["y"]]
+        axes.plot([x, x], ends, color=point["color"], alpha=0.45, linewidth=1.1)
+        _marker(axes, x, y, point)
+    if constant is not None:
+        axes.axhline(100 * constant, color=INK, linestyle=":", linewidth=1.1)
+    _style(axes, what, "accuracy %")
+    axes.set_xscale("log")
+    last = math.ceil(math.log10(max(costs)) + 0.05)
+    decades = list(range(round(math.log10(nothing)) + 1, last + 1))
+    decades = decades[:: max(1, math.ceil(len(decades) / 5))]
+    axes.set_xticks([nothing, *(10.0**d for d in decades)], ["0", *(_short(10.0**d) for d in decades)])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(nothing / 1.6, 10.0**last)
+    _per_cent(axes, "y")
+    return _svg(figure, name, f"Accuracy against {what}")
+
+
+def _marker(axes: Axes, x: float, y: float, look: Mapping[str, Any]) -> None:
+    face = "none" if look["hollow"] else look["color"]
+    axes.plot([x], [y], look["marker"], color=look["color"], markerfacecolor=face, markersize=6.5, zorder=3)
+
+
+def _per_cent(axes: Axes, which: str) -> None:
+    """The whole range, so that no difference looks larger than it is."""
+    for side in which:
+        getattr(axes, f"set_{side}ticks")(range(0, 101, 20))
+        getattr(axes, f"set_{side}lim")(0, 100)
+
+
 def _figure() -> Figure:
     from matplotlib.figure import Figure
 
@@ -148,7 +277,7 @@ def _style(axes: Axes, x: str, y: str) -> None:
 
 def _short(value: float, _position: int | None = None) -> str:
     """A tick label: 1500 -> 1.5k, 0.0005 -> 5e-4."""
-    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:g}{letter}"
     if 0 < abs(value) < 1e-2:

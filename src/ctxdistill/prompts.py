@@ -74,15 +74,15 @@ class Context:
 
 
 class Prompter:
-    """Renders rows for one recipe and tokenizer.
+    """Renders rows for one recipe and tokenizer, with the context that the recipe names or the one given.
 
     Raises (at construction): `ModelError` when the chat style meets a tokenizer without chat template, `DataError` for
     label words that cannot be told apart.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Any, context: Context | None = None) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
-        self.context = Context.read(recipe)
+        self.context = Context.read(recipe) if context is None else context
         if recipe.prompt.style == "chat" and not tokenizer.chat_template:
             raise ModelError(
                 f"the tokenizer of {recipe.model.name} has no chat template",

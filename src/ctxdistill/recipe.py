@@ -46,6 +46,9 @@ class ModelSection(Section):
     """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the first accelerator there is."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you say so; recorded in the adapter card."""
+    window: NotNegative = 0
+    """Longest sequence in tokens, prompt and answer, where it shall be shorter than the model's own (a server's limit, for
+    example); 0: the model's."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention kernel of transformers; `auto` takes the fastest that the model supports."""
 
@@ -191,6 +194,11 @@ class TrainSection(Section):
     """Learning rate at the end, as a fraction of the peak."""
     warmup: Fraction = 0.1
     """Share of the steps with rising learning rate."""
+    schedule: Literal["cosine", "constant", "paper"] = "cosine"
+    """The learning rate after the warm-up: `cosine` falls to `min_lr` times `lr`, `constant` stays. `paper` is what the
+    authors' code of arXiv 2409.01930 does: constant, with the warm-up counted in epochs and beginning at 0."""
+    shuffle: bool = True
+    """See the rows of each epoch in another order."""
     weight_decay: AtLeastZero = 0.0
     """Weight decay of AdamW."""
     clip: AboveZero = 1.0
@@ -205,8 +213,8 @@ class TrainSection(Section):
     """Share of the queries held out to choose the best checkpoint and to stop early (0: train on all, keep the last)."""
     patience: NotNegative = 3
     """Stop after this many epochs without a better validation loss; 0 never stops early."""
-    checkpoint_every: Positive = 20
-    """Steps between checkpoints, from which `--resume` goes on."""
+    checkpoint_every: NotNegative = 20
+    """Steps between checkpoints, from which `--resume` goes on; 0 keeps none."""
     seed: int = 0
     """Seed of everything that is drawn: initialisation, order, dropout, sampling, bootstrap."""
 
@@ -310,7 +318,7 @@ class Recipe(Section):
             raise several(
                 RecipeError,
                 "recipe",
-                [line for e in error.errors() for line in _problem(dict(e)).split("\n")],
+                [line for e in error.errors() for line in problem_of(dict(e)).split("\n")],
                 fix="docs/recipe.md lists all keys; `ctxdistill init` writes a recipe with comments",
             ) from None
 
@@ -430,7 +438,7 @@ class Recipe(Section):
         for metric in self.eval.metrics:
             if metric not in known and not re.fullmatch(r"[\w.]+:\w+", metric):
                 problems.append(
-                    f"eval.metrics: unknown metric {metric!r}{_nearest(metric, known)}; or give module:function"
+                    f"eval.metrics: unknown metric {metric!r}{nearest(metric, known)}; or give module:function"
                 )
         return problems
 
@@ -468,9 +476,9 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
         table[last] = value
 
 
-def section_of(path: Sequence[str | int]) -> type[BaseModel]:
-    """The class that declares the keys at `path` inside a recipe."""
-    cls: type[BaseModel] = Recipe
+def section_of(path: Sequence[str | int], root: type[BaseModel] | None = None) -> type[BaseModel]:
+    """The class that declares the keys at `path` inside `root` (a recipe)."""
+    cls: type[BaseModel] = root or Recipe
     for name in path:
         field = cls.model_fields.get(str(name))
         annotation = field.annotation if field else None
@@ -482,18 +490,18 @@ def section_of(path: Sequence[str | int]) -> type[BaseModel]:
     return cls
 
 
-def _nearest(name: str, known: set[str]) -> str:
+def nearest(name: str, known: set[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
-def _problem(error: dict[str, Any]) -> str:
-    """One line for one of pydantic's errors."""
+def problem_of(error: dict[str, Any], root: type[BaseModel] | None = None) -> str:
+    """One line for one of pydantic's errors about a `root` (a recipe)."""
     *parents, last = error["loc"] or ("",)
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = set(section_of(parents).model_fields) - {"base_dir"}
-        return f"{where}: unknown key{_nearest(str(last), known)}"
+        known = set(section_of(parents, root).model_fields) - {"base_dir"}
+        return f"{where}: unknown key{nearest(str(last), known)}"
     if error["type"] == "missing":
         return f"{where}: missing, and there is no default"
     message = str(error["msg"]).removeprefix("Value error, ")

@@ -48,8 +48,8 @@ def write_report(run: str | Path) -> Path:
     """
     folder = RunDir(run)
     view = _view(folder)
-    write_atomic(folder / "report.md", _environment("md").get_template("report.md.j2").render(view))
-    write_atomic(folder / "report.html", _environment("html").get_template("report.html.j2").render(view))
+    write_atomic(folder / "report.md", environment("md").get_template("report.md.j2").render(view))
+    write_atomic(folder / "report.html", environment("html").get_template("report.html.j2").render(view))
     return folder / "report.html"
 
 
@@ -74,7 +74,7 @@ def write_card(run: str | Path) -> Path:
         f"--max-lora-rank {next((size for size in VLLM_RANKS if size >= rank), rank)}",
         "max_new_tokens": recipe["recipe"].get("eval", {}).get("max_new_tokens", 128),
     }
-    write_atomic(folder / "adapter" / "README.md", _environment("md").get_template("card.md.j2").render(view))
+    write_atomic(folder / "adapter" / "README.md", environment("md").get_template("card.md.j2").render(view))
     return folder / "adapter" / "README.md"
 
 
@@ -299,10 +299,10 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "adapter"
 
 
-def _environment(kind: str) -> Environment:
+def environment(kind: str) -> Environment:
     """Templates whose every `{{ text }}` is escaped for `kind` (html or md), unless it already is `Markup`."""
     escape = visible if kind == "html" else markdown
-    environment = Environment(
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=kind == "html",
         finalize=lambda value: escape(value) if type(value) is str else value,
@@ -311,6 +311,6 @@ def _environment(kind: str) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(fence=fence, plain=Markup, literal=lambda text: Markup(repr(text)))
-    environment.filters["quoted"] = lambda text: Markup(json.dumps(visible(text), ensure_ascii=False))
-    return environment
+    made.filters.update(fence=fence, plain=Markup, literal=lambda text: Markup(repr(text)))
+    made.filters["quoted"] = lambda text: Markup(json.dumps(visible(text), ensure_ascii=False))
+    return made

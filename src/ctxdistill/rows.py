@@ -89,7 +89,9 @@ def read(
         raise DataError(f"{what}: no data is named", expected="a data file or hub:owner/name")
     problems: list[str] = []
     if section.data.startswith(HUB):
-        source, records, total = _read_hub(section, what)
+        fix = f"check {what}.data, {what}.config and {what}.split, and the network; or use a local file"
+        name = section.data.removeprefix(HUB)
+        source, records, total = read_hub(name, section.config, section.split, section.limit, what=what, fix=fix)
     else:
         path = recipe.path(section.data)
         source, reader = str(path), _reader(path, what)
@@ -100,7 +102,7 @@ def read(
     if problems:
         fix = "mend these lines, or name other columns in the recipe"
         raise several(DataError, f"{what}: {source}", problems, fix=fix)
-    return Rows([Row(_id(fields), fields, origin) for origin, fields in records], total - len(records), source)
+    return Rows([Row(row_id(fields), fields, origin) for origin, fields in records], total - len(records), source)
 
 
 def values(row: Row, section: DataSection) -> dict[str, str]:
@@ -196,7 +198,7 @@ def read_messages(name: str, recipe: Recipe, what: str) -> list[dict[str, Any]]:
 def _read_jsonl(path: Path, most: int, problems: list[str]) -> tuple[list[Record], int]:
     records: list[Record] = []
     total = 0
-    for number, line in _lines(path, problems):
+    for number, line in lines(path, problems):
         if not line.strip():
             continue
         total += 1
@@ -232,10 +234,10 @@ def _read_json(path: Path, most: int, problems: list[str]) -> tuple[list[Record]
 
 
 def _read_csv(path: Path, most: int, problems: list[str], dialect: str = "excel") -> tuple[list[Record], int]:
-    lines = (line for _, line in _lines(path, problems))
+    texts = (line for _, line in lines(path, problems))
     before = csv.field_size_limit(MAX_BYTES)
     try:
-        return _csv_records(csv.reader(lines, dialect, strict=True), path.name, most, problems)
+        return _csv_records(csv.reader(texts, dialect, strict=True), path.name, most, problems)
     finally:
         csv.field_size_limit(before)
 
@@ -293,27 +295,37 @@ def _read_parquet(path: Path, most: int, problems: list[str]) -> tuple[list[Reco
     return records[:wanted], total
 
 
-def _read_hub(section: DataSection, what: str) -> tuple[str, list[Record], int]:
+def read_hub(
+    name: str, config: str | None, split: str, most: int = 0, *, what: str, fix: str, **options: Any
+) -> tuple[str, list[Record], int]:
+    """(source, records, number of records there) of a hub data set, class labels read as their names.
+
+    Args:
+        most: most records, or 0 for all.
+        what, fix: for the error message.
+        options: passed on to `datasets.load_dataset`.
+
+    Raises: `DataError` when it cannot be loaded.
+    """
     from datasets import load_dataset
 
-    name = str(section.data).removeprefix(HUB)
-    source = f"{name} ({section.config or 'default'}, {section.split})"
+    source = f"{name} ({config or 'default'}, {split})"
     try:
-        table = load_dataset(name, section.config, split=section.split)
+        table = load_dataset(name, config, split=split, **options)
     except Exception as error:  # the library raises what it likes, network errors among it
         raise DataError(
             f"{what}: cannot load the data set {source}",
             expected="a data set of the hub, one of its configurations and one of its splits",
             found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
-            fix=f"check {what}.data, {what}.config and {what}.split, and the network; or use a local file",
+            fix=fix,
         ) from None
     total = len(table)
-    chosen = table.select(range(min(section.limit or total, total)))
+    chosen = table.select(range(min(most or total, total)))
     names = {column: feature for column, feature in table.features.items() if hasattr(feature, "int2str")}
     records = []
     for number, row in enumerate(chosen, 1):
         named = {k: _class_name(names[k], v) if k in names else v for k, v in row.items()}
-        records.append((f"{name}:{section.split}:{number}", named))
+        records.append((f"{name}:{split}:{number}", named))
     return source, records, total
 
 
@@ -375,9 +387,9 @@ def _open(path: Path, what: str) -> Any:
         raise DataError(f"{what}: cannot open {path}: {error.strerror}", fix="check its permissions") from None
 
 
-def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
-    """(number, text) of each line. A line that is too long is left out, and what is not UTF-8 is replaced; both are
-    problems, so that no such row gets any further."""
+def lines(path: Path, problems: list[str], encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+    """(number, text) of each line. A line that is too long is left out, and what is not of this encoding is replaced;
+    both are problems, so that no such row gets any further."""
     with _open(path, path.name) as file:
         for number in itertools.count(1):
             raw: bytes = file.readline(MAX_BYTES + 1)
@@ -390,10 +402,12 @@ def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
                 continue
             raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw  # byte order mark
             try:
-                text = raw.decode()
+                text = raw.decode(encoding)
             except UnicodeDecodeError as error:
-                problems.append(f"{path.name}:{number}: not valid UTF-8 at byte {error.start + 1} of the line")
-                text = raw.decode(errors="replace")
+                problems.append(
+                    f"{path.name}:{number}: not valid {encoding.upper()} at byte {error.start + 1} of the line"
+                )
+                text = raw.decode(encoding, errors="replace")
             yield number, text
 
 
@@ -505,7 +519,8 @@ def _message_problems(message: Any) -> list[str]:
     return problems
 
 
-def _id(fields: Fields) -> str:
+def row_id(fields: Fields) -> str:
+    """16 hex digits that depend on the columns alone."""
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -85,6 +85,15 @@ class RunDir:
         Raises: `RunError` when another process holds it, it belongs to another recipe, it holds a run and `resume` is
         off, or it holds files that are not a run's.
         """
+        self.lock()
+        try:
+            self._check_owner(identity, resume)
+        except RunError:
+            self.release()
+            raise
+
+    def lock(self) -> None:
+        """Make the folder this process's. Raises: `RunError` when another process holds it, or it cannot be made."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -99,11 +108,6 @@ class RunDir:
             raise RunError(
                 f"{self.path} is in use by process {holder}", fix="wait for it, or choose another --out"
             ) from None
-        try:
-            self._check_owner(identity, resume)
-        except RunError:
-            self.release()
-            raise
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 

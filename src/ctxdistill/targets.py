@@ -17,6 +17,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -162,7 +163,7 @@ def _label_batch(
     if completions.source == "data":
         ids = [prompter.completion(job.pair.answer or "") for job in jobs]
     elif completions.source == "label":
-        scores = score_labels(lm, prompts, prompter.labels, prefix=prefix, batch_size=kind.batch_size)  # [B, labels]
+        scores = score_labels(lm, prompts, prompter.labels, prefix=prefix, batch_size=kind.batch_size).logprobs
         words = list(prompter.labels.values())
         ids = [words[i] for i in scores.argmax(1).tolist()]
     else:
@@ -191,6 +192,15 @@ def keep(lm: LM, hidden: torch.Tensor, kind: TargetsSection) -> dict[str, torch.
     return {"topk_logprobs": values.cpu(), "topk_ids": ids.cpu().int()}
 
 
+class LabelScores(NamedTuple):
+    """What a model thinks of each label after each of N prompts."""
+
+    logprobs: torch.Tensor
+    """Log-probability of each label's whole token sequence, [N, labels], on the CPU."""
+    first: torch.Tensor
+    """Final hidden state at the first answer position, [N, d], on the CPU."""
+
+
 def score_labels(
     lm: LM,
     prompts: Sequence[Sequence[int]],
@@ -198,16 +208,35 @@ def score_labels(
     *,
     prefix: Prefix | None,
     batch_size: int,
-) -> torch.Tensor:
-    """Log-probability of each label's whole token sequence after each prompt. Returns [prompts, labels] on the CPU."""
-    rows = [join(prompt, ids) for prompt in prompts for ids in labels.values()]
-    scores = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        for (ids, n), hidden in zip(batch, lm.hidden(batch, prefix), strict=True):
+) -> LabelScores:
+    """Score every label after every prompt.
+
+    Labels that differ in their last token only share one forward: all single-token labels take one together.
+    """
+    starts = list(dict.fromkeys(ids[:-1] for ids in labels.values()))
+    rows = [(p, join(prompt, (*start, 0))) for p, prompt in enumerate(prompts) for start in starts]  # 0: not forwarded
+    scores, first = torch.empty(len(prompts), len(labels)), list[torch.Tensor]([torch.empty(0)] * len(prompts))
+    for begin in range(0, len(rows), batch_size):
+        batch = rows[begin : begin + batch_size]
+        for (p, (ids, n)), hidden in zip(batch, lm.hidden([row for _, row in batch], prefix), strict=True):
+            first[p] = hidden[0].cpu()
             logprobs = lm.head(hidden).log_softmax(-1)  # [T, V]
-            scores.append(logprobs.gather(1, torch.tensor(ids[-n:], device=logprobs.device)[:, None]).sum().item())
-    return torch.tensor(scores).view(len(prompts), len(labels))
+            for number, label in enumerate(labels.values()):
+                if label[:-1] == tuple(ids[len(ids) - n : -1]):
+                    index = torch.tensor(label, device=logprobs.device)[:, None]
+                    scores[p, number] = logprobs.gather(1, index).sum().item()
+    return LabelScores(scores, torch.stack(first))
+
+
+def point_mass(ids: Sequence[int], size: int) -> Target:
+    """The target of a given answer: all probability on its tokens, so that forward KL is the cross-entropy.
+
+    Args:
+        size: of the vocabulary (or the number of classes).
+    """
+    logprobs = torch.full((len(ids), size), -torch.inf)  # [T, V]
+    logprobs[torch.arange(len(ids)), torch.tensor(ids)] = 0.0
+    return Target("", tuple(ids), {"logprobs": logprobs})
 
 
 def captured_mass(targets: Sequence[Target]) -> float | None:

@@ -100,8 +100,11 @@ def batch_loss(
 ) -> torch.Tensor:
     """Sum of the loss over all supervised positions of `batch`, from one student forward."""
     hidden = torch.cat(lm.hidden([join(e.prompt, e.target.ids) for e in batch]))  # [P, d]
+    loss = position_loss(lm, [e.target for e in batch], section, stats)
+    if lm.trains_head:  # its gradient needs all logits at once
+        return loss(hidden, slice(None)).sum()
     chunk = max(16, 2**24 // lm.model.config.get_text_config().vocab_size)  # 64 MB of fp32 logits at a time
-    total, _ = losses.chunked(position_loss(lm, [e.target for e in batch], section, stats), hidden, chunk=chunk)
+    total, _ = losses.chunked(loss, hidden, chunk=chunk)
     return total
 
 
@@ -119,16 +122,23 @@ def mean_kl(lm: LM, examples: Sequence[Example], batch_size: int) -> float:
 
 
 def learning_rate(step: int, steps: int, section: TrainSection) -> float:
-    """Linear warm-up, then cosine to `min_lr`, as a function of the step (from 0) alone."""
+    """Linear warm-up, then what `schedule` says, as a function of the step (from 0) alone."""
+    if section.schedule == "paper":
+        epoch, warmup = step * section.epochs // steps, int(section.warmup * section.epochs)
+        return section.lr * min(1.0, epoch / warmup) if warmup else section.lr
     warmup = max(1, round(section.warmup * steps))
     if step < warmup:
         return section.lr * (step + 1) / warmup
+    if section.schedule == "constant":
+        return section.lr
     cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
     return section.lr * (section.min_lr + (1 - section.min_lr) * cosine)
 
 
-def order(n: int, epoch: int, seed: int) -> list[int]:
+def order(n: int, epoch: int, seed: int, shuffle: bool = True) -> list[int]:
     """The rows of an epoch in the order they are seen."""
+    if not shuffle:
+        return list(range(n))
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
@@ -156,7 +166,7 @@ def train(
     state = restore(run, parameters, optimizer)
     if main:
         drop_later_metrics(run, state.step)
-    lm.peft.train()
+    lm.training(True)
     if section.gradient_checkpointing:
         lm.model.activation_checkpointing_enable()
         lm.model.enable_input_require_grads()
@@ -166,7 +176,7 @@ def train(
     while state.step < steps and not state.stopped:
         started = time.perf_counter()
         epoch, position = divmod(state.step, per_epoch)
-        rows = order(len(examples), epoch, section.seed)[
+        rows = order(len(examples), epoch, section.seed, section.shuffle)[
             position * section.batch_size : (position + 1) * section.batch_size
         ]
         batch = [examples[i] for i in rows]
@@ -217,13 +227,14 @@ def train(
         progress(f"train (loss {total:.3f})", state.step, steps)
         if validation and state.step % per_epoch == 0:
             validate(lm, validation, section, state, per_epoch, run if main else None, parameters)
-        if main and (state.step % section.checkpoint_every == 0 or state.step == steps or state.stopped):
+        every = section.checkpoint_every
+        if main and every and (state.step % every == 0 or state.step == steps or state.stopped):
             checkpoint(run, state, parameters, optimizer)
 
     accelerator.wait_for_everyone()
     if validation:
         load_tensors(run / "checkpoints/best.safetensors", parameters)
-    lm.peft.eval()
+    lm.training(False)
     return state
 
 
@@ -240,11 +251,11 @@ def validate(
 
     `run` is None in all processes but the first, which alone writes.
     """
-    lm.peft.eval()
+    lm.training(False)
     loss = mean_loss(lm, validation, section)
     plain = (section.loss, section.temperature, section.ce_weight) == ("forward_kl", 1.0, 0.0)
     kl = loss if plain else mean_kl(lm, validation, section.batch_size)
-    lm.peft.train()
+    lm.training(True)
     best = loss < state.best_loss
     if best:
         state.best_loss, state.best_step, state.stale_epochs = loss, state.step, 0

@@ -1,0 +1,458 @@
+"""One cell of a study: one arm on one demonstration set, measured on all evaluation sets.
+
+In: a `Bench`, which holds what the cells of a demonstration set share (model, rows, what the teacher said), and an `Arm`.
+Out: one score per evaluation row and the cell's record. Invariants: every arm is made by the same few stages, prompts ->
+teacher targets -> `train.train` -> label scores; few-shot fine-tuning differs from distillation by its targets alone;
+afterwards the model is as it was before; a context that does not fit is a `FitError` before anything is computed.
+
+Dimensions: N rows, L labels, K contexts, T positions of an answer, V vocabulary, d hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ctxdistill.accounts import Peak, forward_flops, training_flops
+from ctxdistill.draws import Draw
+from ctxdistill.errors import DataError
+from ctxdistill.grid import Arm, Study
+from ctxdistill.lm import LM, check_fit, common_prefix
+from ctxdistill.prompts import Context, Pair, Prompter, join
+from ctxdistill.recipe import DataSection, Recipe
+from ctxdistill.rows import Row
+from ctxdistill.rundir import Progress, RunDir, no_progress
+from ctxdistill.targets import LabelScores, Target, point_mass, score_labels
+from ctxdistill.tasks import Pattern, Task
+from ctxdistill.train import Example, State, train
+
+CONTENT_FREE = ("N/A", "[MASK]", "")
+"""Queries without content (Zhao et al. 2021, section 5)."""
+NOTHING = Context(None, (), ())
+"""No demonstrations."""
+SECTION = DataSection(data="queries.jsonl")
+Score = dict[str, Any]
+
+
+@dataclass
+class Bench:
+    """What the cells of one model, task, number of demonstrations and demonstration set share."""
+
+    study: Study
+    lm: LM
+    task: Task
+    pattern: Pattern
+    draw: Draw
+    evaluation: dict[str, list[Row]]
+    """Set name -> rows; the in-domain set first."""
+    seed: int
+    teacher: LM | None = None
+    """The bigger model, where an arm asks for one."""
+    irrelevant: tuple[tuple[Pattern, tuple[Row, ...]], ...] = ()
+    """Demonstrations of another task, one set for each context, for the control."""
+    after_training: Callable[[LM], dict[str, Any]] | None = None
+    """What else to measure on each trained arm."""
+    seen: dict[Any, Any] = field(default_factory=dict)
+    """What was computed already, by what it depends on."""
+
+    # -- prompts ------------------------------------------------------------------------------------------------------
+
+    def prompter(self, context: Context, *, student_demos: int = 0, where: str = "", lm: LM | None = None) -> Prompter:
+        """Prompts with `context`, as the evaluation set `where` is written."""
+        p = self.pattern
+        pattern = p.ood.get(where, p.pattern)
+        raw = {
+            "model": {"name": self.study.model.names[0]},
+            "prompt": {
+                "style": "text", "pattern": pattern, "answer_pattern": p.answer_pattern, "separator": p.separator,
+                "instruction": p.instruction, "student_instruction": p.student_instruction,
+                "label_words": list(p.words.values()), "shared_first_token": "allow",
+            },
+            "context": {"demos": "demos.jsonl", "student_demos": student_demos},
+            "queries": {"data": "queries.jsonl"},
+            "completions": {"source": "label", "supervise_end": False},
+        }  # fmt: skip
+        return Prompter(Recipe.from_dict(raw), (lm or self.lm).tokenizer, context)
+
+    def contexts(self, arm: Arm) -> list[Context]:
+        """What the teacher of `arm` sees (for an arm without training: the model itself); one or more."""
+        if arm.context == "none":
+            return [NOTHING]
+        chosen = self.draw.contexts if arm.context == "many" else self.draw.contexts[:1]
+        if arm.control == "irrelevant_context":
+            return [Context(rendered(pattern, demos), (), ()) for pattern, demos in self.irrelevant[: len(chosen)]]
+        contexts = []
+        for number, demos in enumerate(chosen):
+            words = [self.pattern.words[row.fields["label"]] for row in demos]
+            if arm.control == "shuffled_labels":
+                words = [words[i] for i in np.random.default_rng([self.seed, number]).permutation(len(words))]
+            contexts.append(Context(None, (), tuple(answered(r, w) for r, w in zip(demos, words, strict=True))))
+        return contexts
+
+    @property
+    def demonstrations(self) -> tuple[Row, ...]:
+        """Those of the set, with their true label words."""
+        return tuple(answered(row, self.pattern.words[row.fields["label"]]) for row in self.draw.contexts[0])
+
+    def queries(self, arm: Arm) -> tuple[Row, ...]:
+        """The unlabelled rows that `arm` learns from."""
+        return self.draw.queries[: arm.queries or self.study.grid.queries]
+
+    def pairs(self, prompter: Prompter, rows: Sequence[Row]) -> list[Pair]:
+        return [prompter.pair(row, SECTION) for row in rows]
+
+    # -- label scores -------------------------------------------------------------------------------------------------
+
+    def scores(self, prompter: Prompter, prompts: Sequence[Sequence[int]], lm: LM) -> LabelScores:
+        """Label scores of the model as it is, shortest prompts first to pad little."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        some = [prompts[i] for i in order]
+        room = max(map(len, prompter.labels.values()))
+        check_fit([(self.task.name, len(p) + room) for p in some], lm.window, "demonstrations, query and answer")
+        with torch.no_grad():
+            found = score_labels(
+                lm, some, prompter.labels, prefix=lm.prefix(some), batch_size=self.study.eval.batch_size
+            )
+        back = torch.from_numpy(np.argsort(order))
+        return LabelScores(found.logprobs[back], found.first[back])
+
+    def readings(self, arm: Arm, rows: Sequence[Row], where: str) -> list[Reading]:
+        """What the frozen model (or the bigger teacher) says on `rows` with each context of `arm`."""
+        lm = self.lm if arm.teacher == "self" else self.bigger
+        made = []
+        for context in self.contexts(arm):
+            prompter = self.prompter(context, where=where, lm=lm)
+            key = (id(lm), where, len(rows), prompter.fingerprint, arm.calibration)
+            if key not in self.seen:
+                pairs = self.pairs(prompter, rows)
+                # without a context the teacher reads what the student reads
+                prompts = [p.student if context is NOTHING else p.teacher for p in pairs]
+                with lm.adapter(False):
+                    found = self.scores(prompter, prompts, lm)
+                    prior = self.prior(arm, prompter, context, lm)
+                self.seen[key] = Reading(prompter, prompts, found, prior)
+            made.append(self.seen[key])
+        return made
+
+    @property
+    def bigger(self) -> LM:
+        if self.teacher is None:
+            raise RuntimeError("no bigger teacher was loaded")  # a bug, not the user's
+        return self.teacher
+
+    def prior(self, arm: Arm, prompter: Prompter, context: Context, lm: LM) -> torch.Tensor | None:
+        """The label distribution that the context alone suggests, as log-probabilities [L]: the mean over queries without
+        content, or over the training queries."""
+        if arm.calibration == "none":
+            return None
+        rows: Sequence[Row] = self.queries(arm)
+        if arm.calibration == "content_free":
+            fields = [dict.fromkeys(("text", "text1", "text2"), text) for text in CONTENT_FREE]
+            rows = [Row(id="", fields=f, origin="a query without content") for f in fields]
+        key = ("prior", id(lm), len(rows), prompter.fingerprint, arm.calibration)
+        if key not in self.seen:
+            asked = self.prompter(context, lm=lm)  # as the training queries are written
+            found = self.scores(
+                asked, [p.student if context is NOTHING else p.teacher for p in self.pairs(asked, rows)], lm
+            )
+            self.seen[key] = average(list(found.logprobs.log_softmax(1)))
+        return torch.as_tensor(self.seen[key])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a frozen model says on N rows with one context."""
+
+    prompter: Prompter
+    prompts: list[tuple[int, ...]]
+    scores: LabelScores
+    prior: torch.Tensor | None
+    """Label log-probabilities after content-free queries, [L], where the arm is calibrated."""
+
+    @property
+    def answers(self) -> torch.Tensor:
+        """Log-probability of each label, [N, L], calibrated if asked for: the labels' mass stays, its shares change."""
+        given = self.scores.logprobs
+        if self.prior is None:
+            return given
+        return (given - self.prior).log_softmax(1) + given.logsumexp(1, keepdim=True)
+
+    def first(self, lm: LM) -> torch.Tensor:
+        """Log-probabilities at the first answer position, [N, V]."""
+        logprobs = lm.head(self.scores.first.to(lm.device)).log_softmax(-1).cpu()  # [N, V]
+        if self.prior is not None:
+            ids = torch.tensor([label[0] for label in self.prompter.labels.values()])  # [L]
+            if len(set(ids.tolist())) < len(ids):
+                raise DataError(
+                    "label words share their first token, so that a calibrated teacher cannot be taught",
+                    expected="label words that differ in the first token",
+                    fix="leave the calibrated arms out for this task",
+                )
+            mass = logprobs[:, ids].logsumexp(1, keepdim=True)  # [N, 1]
+            logprobs[:, ids] = (logprobs[:, ids].log_softmax(1) - self.prior).log_softmax(1) + mass
+        return logprobs
+
+
+# -- targets ----------------------------------------------------------------------------------------------------------
+
+
+def teach(readings: Sequence[Reading], lm: LM, *, soft: bool, batch_size: int) -> list[Target]:
+    """The teacher's targets on N queries, averaged over K contexts: the mixture of its distributions.
+
+    The answer that is taught is the label that the mixture prefers. At a later position of that label each context counts
+    by how probable it found the label so far, which is what the mixture's own conditional distribution is.
+    """
+    k = len(readings)
+    labels = list(readings[0].prompter.labels.values())
+    chosen = average([r.answers for r in readings]).argmax(1).tolist()  # N
+    if not soft:
+        size = lm.model.get_output_embeddings().weight.shape[0]
+        return [point_mass(labels[i], size) for i in chosen]
+    firsts = [r.first(lm) for r in readings]  # K of [N, V]
+    later = [
+        later_positions(r, lm, [labels[i] for i in chosen], batch_size) for r in readings
+    ]  # K of {row: [T - 1, V]}
+    targets = []
+    for n, choice in enumerate(chosen):
+        ids = labels[choice]
+        each = torch.stack(
+            [torch.cat([f[n][None], *([rest[n]] if n in rest else [])]) for f, rest in zip(firsts, later, strict=True)]
+        )  # [K, T, V]
+        said = each[:, range(len(ids)), ids]  # [K, T]
+        before = torch.cat([torch.zeros(k, 1), said.cumsum(1)[:, :-1]], 1)  # [K, T]: log p(the answer so far | context)
+        mixed = (each + before.log_softmax(0)[:, :, None]).logsumexp(0)  # [T, V]
+        targets.append(Target("", ids, {"logprobs": mixed}))
+    return targets
+
+
+def later_positions(
+    reading: Reading, lm: LM, answers: Sequence[tuple[int, ...]], batch_size: int
+) -> dict[int, torch.Tensor]:
+    """Log-probabilities after the first token of each answer that has more than one: row -> [T - 1, V]."""
+    rows = [n for n, ids in enumerate(answers) if len(ids) > 1]
+    found: dict[int, torch.Tensor] = {}
+    with torch.no_grad(), lm.adapter(False):
+        prefix = lm.prefix(reading.prompts) if rows else None
+        for start in range(0, len(rows), batch_size):
+            some = rows[start : start + batch_size]
+            hidden = lm.hidden([join(reading.prompts[n], answers[n]) for n in some], prefix)
+            found |= {n: lm.head(h[1:]).log_softmax(-1).cpu() for n, h in zip(some, hidden, strict=True)}
+    return found
+
+
+def average(logprobs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean of K distributions given as log-probabilities of one shape."""
+    return torch.stack(list(logprobs)).logsumexp(0) - math.log(len(logprobs))
+
+
+# -- arms -------------------------------------------------------------------------------------------------------------
+
+
+def examples(bench: Bench, arm: Arm) -> tuple[list[Example], Prompter, float | None]:
+    """What the student of `arm` learns from, how it is prompted, and the teacher's accuracy on the queries."""
+    prompter = bench.prompter(Context(None, (), bench.demonstrations), student_demos=arm.student_demos)
+    labels, vocabulary = prompter.labels, bench.lm.model.get_output_embeddings().weight.shape[0]
+    true = []
+    for row, pair in zip(bench.demonstrations, bench.pairs(prompter, bench.demonstrations), strict=True):
+        word = row.fields["answer"]
+        one_class = arm.trains == "head"
+        target = (
+            point_mass((list(labels).index(word),), len(labels)) if one_class else point_mass(labels[word], vocabulary)
+        )
+        true.append(Example(row.id, pair.student, target))
+    if arm.targets == "gold":
+        return true, prompter, None
+    queries = bench.queries(arm)
+    readings = bench.readings(arm, queries, "queries")
+    lm = bench.lm if arm.teacher == "self" else bench.bigger
+    targets = teach(readings, lm, soft=arm.targets == "teacher", batch_size=bench.study.eval.batch_size)
+    found = [Example(p.id, p.student, t) for p, t in zip(bench.pairs(prompter, queries), targets, strict=True)]
+    if arm.demos_weight:
+        found += true * max(1, round(arm.demos_weight * len(found) / len(true)))
+    return found, prompter, float(np.mean([s[bench.study.eval.main] for s in judge(bench, queries, readings, lm)]))
+
+
+def judge(bench: Bench, rows: Sequence[Row], readings: Sequence[Reading], lm: LM, *, each: bool = False) -> list[Score]:
+    """Scores of N rows from the mixture of all readings; with `each`, the mean over readings of their scores."""
+    if each and len(readings) > 1:
+        single = [judge(bench, rows, [reading], lm) for reading in readings]
+        means = [
+            {key: float(np.mean([score[key] for score in same])) for key in ("correct", "exact")}
+            for same in zip(*single, strict=True)
+        ]
+        return [{**first, **mean} for first, mean in zip(single[0], means, strict=True)]
+    words = bench.pattern.words
+    names, labels = list(words), [readings[0].prompter.labels[word] for word in words.values()]
+    predicted = average([r.answers for r in readings]).argmax(1).tolist()
+    if lm.classes is not None:
+        greedy = [labels[i][0] for i in predicted]  # there is no vocabulary to be greedy over
+    else:
+        with torch.no_grad():
+            logprobs = [lm.head(r.scores.first.to(lm.device)).log_softmax(-1).cpu() for r in readings]
+        greedy = average(logprobs).argmax(1).tolist()
+    return [
+        {
+            "row": row.id, "label": row.fields["label"], "prediction": names[i],
+            "correct": float(names[i] == row.fields["label"]),
+            "exact": float(token == labels[names.index(row.fields["label"])][0]),
+        }
+        for row, i, token in zip(rows, predicted, greedy, strict=True)
+    ]  # fmt: skip
+
+
+def run_cell(
+    bench: Bench, arm: Arm, run: RunDir, progress: Progress = no_progress
+) -> tuple[dict[str, Any], list[Score]]:
+    """One arm: train it if it is trained, score it on every evaluation set. Returns the cell's record and its scores.
+
+    Raises: `FitError` when a prompt does not fit; `TrainError`; `DataError`.
+    """
+    started = time.perf_counter()
+    with Peak(bench.lm.device) as peak:
+        if arm.trains == "nothing":
+            scores = []
+            for where, rows in bench.evaluation.items():
+                found = judge(bench, rows, bench.readings(arm, rows, where), bench.lm, each=arm.combine == "each")
+                scores += [{"set": where, **score} for score in found]
+                progress(where, len(scores), len(scores))
+            record: dict[str, Any] = {"teacher": None, "training": None, "cost": prompt_cost(bench, arm)}
+        else:
+            record, scores = trained(bench, arm, run, progress)
+    record["cost"] |= {"seconds": time.perf_counter() - started, "peak_mb": peak.mb}
+    return record, scores
+
+
+def trained(bench: Bench, arm: Arm, run: RunDir, progress: Progress) -> tuple[dict[str, Any], list[Score]]:
+    """A trained arm: examples, training, scores; the weights are afterwards as before."""
+    study, lm = bench.study, bench.lm
+    made, prompter, teacher = examples(bench, arm)
+    section = study.training(arm, bench.seed)
+    with contextlib.ExitStack() as stack:
+        if arm.trains == "lora":
+            lm.add_adapter(study.adapter(arm), section.seed)
+            stack.callback(lm.remove_adapter)
+        else:
+            stack.enter_context(lm.all_weights(len(bench.pattern.words) if arm.trains == "head" else 0, section.seed))
+        state = train(lm, made, [], section, run, progress=progress)
+        record = {"teacher": None if teacher is None else {"accuracy": teacher, "rows": len(bench.queries(arm))}}
+        record |= {"training": losses_of(run, state), "cost": training_cost(bench, arm, made, prompter, state)}
+        lm.training(study.eval.dropout)  # on in the authors' procedure alone
+        scores = []
+        for where, rows in bench.evaluation.items():
+            scores += [{"set": where, **score} for score in student_scores(bench, arm, rows, where)]
+        lm.training(False)
+        if bench.after_training is not None:
+            record["retention"] = bench.after_training(lm)
+    return record, scores
+
+
+def student_scores(bench: Bench, arm: Arm, rows: Sequence[Row], where: str) -> list[Score]:
+    """The student's scores on the rows of an evaluation set."""
+    lm = bench.lm
+    context = Context(None, (), bench.demonstrations)
+    prompter = bench.prompter(context, student_demos=arm.student_demos, where=where)
+    prompts = [p.student for p in bench.pairs(prompter, rows)]
+    with lm.adapter(True):
+        if lm.classes is None:
+            found = bench.scores(prompter, prompts, lm)
+        else:
+            one: dict[str, tuple[int, ...]] = {
+                word: (i,) for i, word in enumerate(prompter.labels)
+            }  # a class is a vocabulary of its own
+            with torch.no_grad():
+                found = score_labels(lm, prompts, one, prefix=None, batch_size=bench.study.eval.batch_size)
+        return judge(bench, rows, [Reading(prompter, prompts, found, None)], lm)
+
+
+# -- costs ------------------------------------------------------------------------------------------------------------
+
+
+def losses_of(run: RunDir, state: State) -> dict[str, Any]:
+    """How training went."""
+    lines = [line for line in run.read_jsonl("metrics.jsonl") if line["event"] == "step"]
+    return {"steps": state.step, "loss_first": lines[0]["loss"], "loss_last": lines[-1]["loss"]}
+
+
+def prompt_cost(bench: Bench, arm: Arm) -> dict[str, Any]:
+    """What a request costs with an arm that trains nothing: it reads its contexts each time."""
+    where, rows = next(iter(bench.evaluation.items()))
+    readings = bench.readings(arm, rows, where)
+    lengths = [len(prompt) for reading in readings for prompt in reading.prompts]
+    shown = len(readings) if arm.combine == "mixture" else 1
+    flops = forward_flops(bench.lm, round(float(np.mean(lengths))), projected=1) * shown
+    return {
+        "labelled": sum(len(c.demos) for c in bench.contexts(arm)) if arm.combine == "mixture" else len(bench.demonstrations),
+        "unlabelled": bench.study.grid.queries if arm.calibration == "queries" else 0,
+        "trained_tokens": 0, "teacher_flops": 0.0, "train_flops": 0.0, "request_flops": flops, "trainable": 0,
+        "adapter_bytes": 0, "prompt_tokens": float(np.mean(lengths)) * shown,
+        "latency_ms": latency(bench, readings[0].prompter, [r.prompts for r in readings][:shown], on=False),
+    }  # fmt: skip
+
+
+def training_cost(bench: Bench, arm: Arm, made: Sequence[Example], prompter: Prompter, state: State) -> dict[str, Any]:
+    """What an arm took to train, and what a request costs with it."""
+    lm, study = bench.lm, bench.study
+    epochs = study.training(arm, bench.seed).epochs
+    classes = len(prompter.labels) if arm.trains == "head" else 0
+    lengths = [len(e.prompt) + len(e.target.ids) - 1 for e in made]
+    kind: Literal["lora", "full"] = "lora" if arm.trains == "lora" else "full"
+    shapes = Counter((n, len(e.target.ids)) for n, e in zip(lengths, made, strict=True))
+    per_epoch = sum(count * training_flops(lm, *shape, kind, classes=classes) for shape, count in shapes.items())
+    parameters = list(lm.trainable().values())
+    contexts = bench.contexts(arm)
+    teacher = 0.0
+    if arm.targets != "gold":
+        who = lm if arm.teacher == "self" else bench.bigger
+        for reading in bench.readings(arm, bench.queries(arm), "queries"):
+            shared = len(common_prefix(reading.prompts)) if who.can_share and len(reading.prompts) > 1 else 0
+            rest = Counter(len(p) - shared for p in reading.prompts)
+            teacher += forward_flops(who, shared)
+            teacher += sum(count * forward_flops(who, n, shared, projected=1) for n, count in rest.items())
+    where, rows = next(iter(bench.evaluation.items()))
+    asked = bench.prompter(Context(None, (), bench.demonstrations), student_demos=arm.student_demos, where=where)
+    prompts = [p.student for p in bench.pairs(asked, rows)]
+    mean = float(np.mean([len(p) for p in prompts]))
+    shown = bench.demonstrations if arm.targets == "gold" or arm.demos_weight else ()
+    return {
+        "labelled": len({r.id for c in contexts for r in c.demos} | {r.id for r in shown}),
+        "unlabelled": 0 if arm.targets == "gold" else len(bench.queries(arm)),
+        "trained_tokens": sum(lengths) * epochs, "teacher_flops": teacher, "train_flops": per_epoch * epochs,
+        "request_flops": forward_flops(lm, round(mean), projected=1, classes=classes), "prompt_tokens": mean,
+        "trainable": sum(p.numel() for p in parameters), "parameters": lm.info["parameters"],
+        "adapter_bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "latency_ms": latency(bench, asked, [prompts], on=True),
+    }  # fmt: skip
+
+
+def latency(bench: Bench, prompter: Prompter, prompts: Sequence[Sequence[Sequence[int]]], *, on: bool) -> float | None:
+    """Milliseconds per request, one at a time, the whole prompt read each time; `prompts` by context and row."""
+    count = min(bench.study.eval.latency_rows, len(prompts[0]))
+    times = []
+    with torch.no_grad(), bench.lm.adapter(on):
+        for row in [0, *range(count)]:  # the first one warms up
+            started = time.perf_counter()
+            for context in prompts:
+                bench.lm.head(bench.lm.hidden([join(context[row], (0,))])[0])
+            times.append(1000 * (time.perf_counter() - started))
+    return float(np.median(times[1:])) if count else None
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def answered(row: Row, word: str) -> Row:
+    """A demonstration: the row with the word that answers it."""
+    return Row(row.id, {**row.fields, "answer": word}, row.origin)
+
+
+def rendered(pattern: Pattern, demos: Sequence[Row]) -> str:
+    """Demonstrations of a task as plain text."""
+    return pattern.separator.join(pattern.demonstration(row) for row in demos)

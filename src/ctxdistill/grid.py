@@ -1,0 +1,438 @@
+"""A study file becomes a checked grid: models x tasks x numbers of demonstrations x demonstration sets x arms.
+
+In: a TOML file plus `key=value` overrides. Out: a frozen `Study`, and its `Cell`s in the order in which they run.
+Invariants: an arm is data, never a branch of its own (what the teacher sees, what is trained, on which rows, towards which
+targets); every arm of a demonstration set sees the same demonstrations, queries and evaluation rows; a cell's id depends
+on what it is and not on what else the grid holds, so that a grown grid keeps its finished cells.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from ctxdistill.errors import RecipeError, several
+from ctxdistill.recipe import (
+    AtLeastZero,
+    LoraSection,
+    NotNegative,
+    Positive,
+    Section,
+    TrainSection,
+    apply_overrides,
+    nearest,
+    problem_of,
+)
+from ctxdistill.rundir import fingerprint
+from ctxdistill.tasks import TASKS
+
+CONTROLS = {
+    "zero_shot_teacher": "the teacher sees no demonstrations",
+    "shuffled_labels": "the demonstrations' labels are shuffled among them",
+    "irrelevant_context": "the teacher sees the demonstrations of another task",
+}
+"""What an arm is compared with to tell what the context taught from what training on soft labels does by itself."""
+
+
+class Arm(Section):
+    """One way to adapt a model to a task."""
+
+    label: str = ""
+    """Its name in tables. Empty: the arm's key."""
+    about: str = ""
+    """What it is, in one sentence."""
+    family: Literal["baseline", "prompt", "finetune", "distill", "control"] = "distill"
+    """Where it stands in tables."""
+    trains: Literal["nothing", "lora", "full", "head"] = "lora"
+    """What is trained: nothing, a LoRA adapter, all weights, or all weights with a classification head in place of the
+    language model's."""
+    context: Literal["none", "one", "many"] = "one"
+    """The demonstrations that the teacher sees (for arms that train nothing: the model itself): none, the n of the
+    demonstration set, or `grid.contexts` sets of n each, whose distributions are averaged."""
+    targets: Literal["teacher", "teacher_label", "gold"] = "teacher"
+    """What is learned: the teacher's distribution, the label that it prefers (as if it were the truth), or the true
+    labels of the demonstrations."""
+    combine: Literal["mixture", "each"] = "mixture"
+    """With many contexts and nothing trained: answer from the averaged distribution, or report the mean over contexts of
+    answering with one."""
+    calibration: Literal["none", "content_free", "queries"] = "none"
+    """Label probabilities are divided by those that the context suggests by itself: on `content_free` queries (contextual
+    calibration, Zhao et al. 2021, "Calibrate Before Use"), or their mean over the training `queries` (batch calibration,
+    Zhou et al. 2023), which assumes that the labels are about equally frequent."""
+    demos_weight: AtLeastZero = 0.0
+    """Distillation with this many parts of cross-entropy on the demonstrations' true labels for one part of queries: the
+    demonstrations are repeated among the queries until their share is that large."""
+    student_demos: NotNegative = 0
+    """The student keeps the last so many demonstrations in its prompt."""
+    teacher: Literal["self", "bigger"] = "self"
+    """Who teaches: the model itself, or the study's `model.teacher`."""
+    queries: NotNegative = 0
+    """Training queries; 0: the grid's."""
+    train: dict[str, Any] = {}
+    """Values in place of the study's `train` section (or `finetune`, for true labels)."""
+    lora: dict[str, Any] = {}
+    """Values in place of the study's `lora` section."""
+    control: str = ""
+    """One of the controls; written `NAME+CONTROL` in `grid.arms`."""
+    control_of: str | None = None
+    """The arm that a control is the control of."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Arm:
+        problems = []
+        if self.targets == "gold" and (self.context != "none" or self.demos_weight):
+            problems.append('targets = "gold" learns from the demonstrations themselves: context must be "none"')
+        if self.trains == "head" and self.targets != "gold":
+            problems.append('trains = "head" has classes and no vocabulary: targets must be "gold"')
+        if self.teacher == "bigger" and (self.trains == "nothing" or self.targets == "gold"):
+            problems.append('teacher = "bigger" needs an arm that learns from a teacher')
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _presets() -> dict[str, Arm]:
+    demos, many = "the n demonstrations in the prompt", "several sets of n demonstrations, averaged"
+    arms = {
+        "zero_shot": Arm(label="zero-shot", family="baseline", trains="nothing", context="none", about="no demonstrations"),
+        "in_context": Arm(label="in-context", family="prompt", trains="nothing", about=demos),
+        "in_context_calibrated": Arm(
+            label="in-context, calibrated", family="prompt", trains="nothing", calibration="content_free",
+            about=f"{demos}, label probabilities divided by those of content-free queries",
+        ),
+        "in_context_mean": Arm(
+            label="in-context, mean of sets", family="prompt", trains="nothing", context="many", combine="each",
+            about="what one set of n demonstrations scores on average over the sets that the many-context arms use",
+        ),
+        "in_context_many": Arm(
+            label="in-context, sets averaged", family="prompt", trains="nothing", context="many",
+            about=f"{many}: as many times the cost per request as there are sets",
+        ),
+        "ft_full": Arm(
+            label="fine-tuned, all weights", family="finetune", trains="full", context="none", targets="gold",
+            about="pattern-based fine-tuning of all weights on the n demonstrations",
+        ),
+        "ft_lora": Arm(
+            label="fine-tuned, LoRA", family="finetune", context="none", targets="gold",
+            about="pattern-based fine-tuning of a LoRA adapter on the n demonstrations",
+        ),
+        "ft_head": Arm(
+            label="fine-tuned, class head", family="finetune", trains="head", context="none", targets="gold",
+            about="all weights and a new classification head, trained on the n demonstrations",
+        ),
+        "cd_one": Arm(label="distilled, one context", about=f"LoRA student of the teacher with {demos}"),
+        "cd_many": Arm(label="distilled, many contexts", context="many", about=f"LoRA student of the teacher with {many}"),
+        "cd_calibrated": Arm(
+            label="distilled, calibrated teacher", calibration="content_free", about="as one context, the teacher calibrated"
+        ),
+        "cd_many_calibrated": Arm(
+            label="distilled, many contexts, calibrated", context="many", calibration="queries",
+            about="as many contexts, each teacher calibrated by its mean over the queries before averaging",
+        ),
+        "cd_ce": Arm(
+            label="distilled, with true labels", demos_weight=0.25,
+            about="as one context, with cross-entropy on the demonstrations mixed in",
+        ),
+        "cd_small_context": Arm(
+            label="distilled, keeps 2 demonstrations", student_demos=2,
+            about="as one context, the student keeps the last two demonstrations in its prompt",
+        ),
+        "kd_bigger": Arm(
+            label="bigger teacher, no context", context="none", teacher="bigger",
+            about="knowledge distillation: a bigger model without demonstrations teaches",
+        ),
+        "cd_bigger": Arm(
+            label="bigger teacher, one context", teacher="bigger", about="a bigger model with the n demonstrations teaches"
+        ),
+    }  # fmt: skip
+    # The paper leaves the ablation of LoRA x knowledge x context for later (section 6): all eight corners of that cube.
+    cube = itertools.product(
+        (("lora", "LoRA"), ("full", "all weights")),
+        (
+            ("soft", "teacher", "the teacher's distribution"),
+            ("hard", "teacher_label", "the label that the teacher prefers"),
+        ),
+        (("context", "one", "teacher with context"), ("none", "none", "teacher without context")),
+    )
+    for (trains, trained), (soft, targets, learned), (seen, context, taught) in cube:
+        about = f"ablation: {trained}, {learned}, {taught}"
+        values = {"label": f"{trained}, {soft}, {taught}", "about": about, "trains": trains, "targets": targets}
+        arms[f"ab_{trains}_{soft}_{seen}"] = Arm.model_validate({**values, "context": context})
+    return arms
+
+
+ARMS: Mapping[str, Arm] = _presets()
+
+
+class ModelsSection(Section):
+    """The models of the study."""
+
+    names: Annotated[list[str], Field(min_length=1)]
+    """Hub ids, folders or `.gguf` files, as `model.name` of a recipe."""
+    teacher: str | None = None
+    """A bigger model with the same tokenizer, for the arms that are taught by one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights, as in a recipe."""
+    device: str = "auto"
+    """Device, as in a recipe."""
+    window: NotNegative = 0
+    """Longest sequence in tokens, where it shall be shorter than the model's own; 0: the model's."""
+    dropout: bool = False
+    """Keep the model's own dropout while it trains and, with `eval.dropout`, while it is measured."""
+
+
+class TasksSection(Section):
+    """The tasks and where their rows are."""
+
+    names: Annotated[list[str], Field(min_length=1)]
+    """Any of the tasks that `ctxdistill study --tasks` lists."""
+    root: str | None = None
+    """A folder with the data sets (relative to the study file; layout in docs/studies.md). Unset: from the hub."""
+    pattern: str | None = None
+    """The prompt pattern, such as `paper`, `minimal`, `gpt-3`, `eval-harness`. Unset: each task's default."""
+    ood: list[str] | None = None
+    """Names of the out-of-domain sets to measure. Unset: each task's default ones; []: none."""
+
+
+class GridSection(Section):
+    """What is crossed with what."""
+
+    demos: Annotated[list[Positive], Field(min_length=1)] = [16]
+    """Numbers of demonstrations."""
+    sets: Annotated[list[NotNegative], Field(min_length=1)] = [0, 1, 2]
+    """Seeds; each draws its own demonstrations and queries."""
+    contexts: Positive = 8
+    """Demonstration sets behind the arms with many contexts (the first one is that of the one-context arms)."""
+    queries: Positive = 128
+    """Training queries without labels."""
+    arms: Annotated[list[str], Field(min_length=1)] = ["zero_shot", "in_context", "ft_lora", "cd_one", "cd_many"]
+    """Arms by name; `NAME+CONTROL` adds a control to one that learns from a teacher."""
+    draw: Literal["clean", "paper"] = "clean"
+    """How rows are drawn: `clean`, or `paper` as the authors' code does (docs/paper.md)."""
+
+
+class MeasureSection(Section):
+    """How arms are measured."""
+
+    rows: NotNegative = 0
+    """In-domain rows; 0: all."""
+    ood_rows: NotNegative = 0
+    """Rows of each out-of-domain set; 0: all."""
+    choose: Literal["random", "paper"] = "random"
+    """Which rows, where there are more: drawn once for all arms and sets; or as the authors' code does, the first ones
+    (HANS: shuffled by the seed of the demonstration set plus one)."""
+    main: Literal["correct", "exact"] = "correct"
+    """What counts as right: the label with the highest probability, or the most probable next token being the label word
+    (the authors' rule)."""
+    dropout: bool = False
+    """Measure students with dropout on, as the authors' code does."""
+    batch_size: Positive = 32
+    """Rows per forward pass."""
+    latency_rows: NotNegative = 5
+    """Rows on which the time of a single request is measured; 0 skips it."""
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Resamples behind each 95 % interval."""
+
+
+class RetentionSection(Section):
+    """What training did to everything else."""
+
+    texts: NotNegative = 0
+    """Rows of unrelated text (GSM8K) whose perplexity is measured before and after; 0 skips it."""
+    formats: NotNegative = 0
+    """Instructions of IFEval that a program can check, answered before and after; 0 skips it."""
+    sets: Positive = 1
+    """On how many demonstration sets format following is measured (it is slow)."""
+
+
+class Study(Section):
+    """Everything that a study depends on."""
+
+    name: str = ""
+    """A name for the page. Empty: the file's name."""
+    model: ModelsSection
+    tasks: TasksSection
+    grid: GridSection = GridSection()
+    train: TrainSection = TrainSection(epochs=8, lr=1e-3, batch_size=16, validation=0.0, checkpoint_every=0)
+    """Training of the distilled arms; keys as in a recipe's `train`."""
+    finetune: TrainSection = TrainSection(epochs=20, lr=5e-4, batch_size=8, validation=0.0, checkpoint_every=0)
+    """Training of the arms with true labels."""
+    full_lr: AtLeastZero = 1e-5
+    """Learning rate where all weights are trained."""
+    lora: LoraSection = LoraSection()
+    eval: MeasureSection = MeasureSection()
+    retention: RetentionSection = RetentionSection()
+    arms: dict[str, dict[str, Any]] = {}
+    """Arms of your own: `[arms.NAME]` with `like = "PRESET"` and the values to change."""
+    base_dir: Path = Field(default=Path("."), exclude=True)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Study:
+        """Read `path` (a `.toml` study) and apply `section.key=value` overrides.
+
+        Raises: `RecipeError` that lists every problem at once.
+        """
+        path = Path(path)
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(
+                f"cannot read the study {path}: {error}", expected="a TOML file", fix="see docs/study.md"
+            ) from None
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(
+                f"{path} is not valid TOML: {error}", fix="strings need quotes; see docs/study.md"
+            ) from None
+        apply_overrides(raw, overrides)
+        raw.setdefault("name", path.stem)
+        return cls.from_dict(raw, path.resolve().parent)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], base_dir: str | Path = ".") -> Study:
+        """A study from nested dicts. Relative paths start at `base_dir`."""
+        raw = dict(raw)
+        for name in ("train", "finetune"):  # a table in the file changes single values of the study's own defaults
+            raw[name] = {**cls.model_fields[name].default.model_dump(), **raw.get(name, {})}
+        try:
+            return cls.model_validate({**raw, "base_dir": Path(base_dir)})
+        except ValidationError as error:
+            lines = [line for e in error.errors() for line in problem_of(dict(e), cls).split("\n")]
+            raise several(RecipeError, "study", lines, fix="docs/study.md lists all keys") from None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        problems = [
+            f"tasks.names: unknown task {name!r}{nearest(name, set(TASKS))}"
+            for name in self.tasks.names
+            if name not in TASKS
+        ]
+        known = {name for task in self.tasks.names if task in TASKS for name in TASKS[task].patterns}
+        if self.tasks.pattern is not None and self.tasks.pattern not in known:
+            problems.append(
+                f"tasks.pattern: no task here has the pattern {self.tasks.pattern!r}{nearest(self.tasks.pattern, known)}"
+            )
+        arms = {}
+        for name in self.grid.arms:
+            try:
+                arms[name] = self.arm(name)
+            except RecipeError as error:
+                problems.append(f"grid.arms: {error.message}")
+        if any(arm.teacher == "bigger" for arm in arms.values()) and not self.model.teacher:
+            problems.append("model.teacher: missing; an arm is taught by a bigger model")
+        if any(arm.control == "irrelevant_context" for arm in arms.values()) and len(self.tasks.names) < 2:
+            problems.append(
+                "the control irrelevant_context takes the demonstrations of another task: name two tasks or more"
+            )
+        for key in ("demos", "sets", "arms"):
+            values = getattr(self.grid, key)
+            if len(set(values)) != len(values):
+                problems.append(f"grid.{key}: expected different values, found {values}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def arm(self, name: str) -> Arm:
+        """The arm that `grid.arms` calls `name`. Raises `RecipeError`."""
+        base, plus, control = name.partition("+")
+        given = dict(self.arms.get(base, {}))
+        like = given.pop("like", base)
+        if like not in ARMS:
+            raise RecipeError(
+                f"unknown arm {base!r}{nearest(base, {*ARMS, *self.arms})}"
+                if like == base
+                else f"arms.{base}.like: unknown arm {like!r}{nearest(like, set(ARMS))}"
+            )
+        try:
+            arm = Arm.model_validate(
+                {**ARMS[like].model_dump(), **({"label": base} if base in self.arms else {}), **given}
+            )
+        except ValidationError as error:
+            raise RecipeError(f"arms.{base}: {problem_of(dict(error.errors()[0]), Arm)}") from None
+        if not plus:
+            return arm
+        if control not in CONTROLS:
+            raise RecipeError(f"unknown control {control!r}{nearest(control, set(CONTROLS))}")
+        if arm.trains == "nothing" or arm.targets == "gold" or arm.context == "none":
+            raise RecipeError(f"{name}: a control belongs to an arm that learns from a teacher with a context")
+        return arm.model_copy(
+            update={
+                "label": f"{arm.label}: {control.replace('_', ' ')}", "about": f"control: {CONTROLS[control]}",
+                "family": "control", "control": control, "control_of": base,
+                "context": "none" if control == "zero_shot_teacher" else arm.context,
+            }
+        )  # fmt: skip
+
+    def training(self, arm: Arm, seed: int) -> TrainSection:
+        """How an arm is trained on the demonstration set `seed`."""
+        base = self.finetune if arm.targets == "gold" else self.train
+        lr = {"lr": self.full_lr} if arm.trains in ("full", "head") else {}
+        return TrainSection.model_validate({**base.model_dump(), **lr, **arm.train, "seed": base.seed + seed})
+
+    def adapter(self, arm: Arm) -> LoraSection:
+        """The adapter of an arm."""
+        return LoraSection.model_validate({**self.lora.model_dump(), **arm.lora})
+
+    def path(self, name: str) -> Path:
+        """`name` as a path, relative to the study file's folder."""
+        return (self.base_dir / Path(name).expanduser()).resolve()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, defaults included, as JSON can hold them."""
+        return self.model_dump(mode="json")
+
+    def cells(self) -> list[Cell]:
+        """All cells, those of a demonstration set side by side, so that what they share is made once."""
+        made: dict[str, Cell] = {}
+        for model in self.model.names:
+            for task in self.tasks.names:
+                for n in self.grid.demos:
+                    for seed in self.grid.sets:
+                        for name in self.grid.arms:
+                            arm = self.arm(name)
+                            # without demonstrations and training there is nothing that n or the set could change
+                            alone = arm.context == "none" and arm.trains == "nothing"
+                            cell = Cell(model, task, 0 if alone else n, None if alone else seed, name)
+                            made.setdefault(cell.id, cell)
+        return list(made.values())
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm on one demonstration set."""
+
+    model: str
+    task: str
+    n: int
+    """Demonstrations; 0 where the arm has none and trains nothing."""
+    set: int | None
+    arm: str
+
+    @property
+    def id(self) -> str:
+        """A folder name that says what the cell is."""
+        where = "" if self.set is None else f"-n{self.n}-set{self.set}"
+        return f"{model_label(self.model)}-{self.task}{where}-{self.arm}"
+
+
+def model_label(name: str) -> str:
+    """A model's name for folders and tables: the last part of its path or id."""
+    path = Path(name)
+    return path.stem if path.suffix == ".gguf" else path.name
+
+
+def cell_key(study: Study, cell: Cell) -> str:
+    """What a finished cell was made with: another value anywhere that matters, and the cell is made again."""
+    values = study.to_dict()
+    shared = {name: values[name] for name in ("model", "lora", "eval", "retention", "full_lr")} | {"names": cell.model}
+    shared["model"] = {k: v for k, v in values["model"].items() if k != "names"}
+    arm = study.arm(cell.arm)
+    grid = {key: values["grid"][key] for key in ("contexts", "queries", "draw")}
+    training = study.training(arm, cell.set or 0).model_dump() if arm.trains != "nothing" else None
+    task = {key: values["tasks"][key] for key in ("pattern", "ood")} | {"version": TASKS[cell.task].version}
+    return fingerprint([shared, arm.model_dump(exclude={"label", "about"}), grid, training, task, cell.id])

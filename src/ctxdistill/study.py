@@ -1,0 +1,329 @@
+"""A study: every cell of a grid, one after the other, and what they come to.
+
+In: a `Study`. Out: a folder with `study_recipe.json`, `draws/` (which rows were used), `cells/*/{cell.json, scores.jsonl}`,
+`study.json` and the page. Invariants: a finished cell is never computed again, unless something that it depends on
+changed; a cell that cannot be computed becomes a row with its reason and stops no other; the weights are loaded once for
+each model, and every cell leaves them as it found them.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import logging
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ctxdistill import study_report
+from ctxdistill.cells import Bench, run_cell
+from ctxdistill.draws import Draw, draw, held_out, without
+from ctxdistill.errors import CtxDistillError, DataError, FitError, ModelError
+from ctxdistill.grid import Arm, Cell, Study, cell_key, model_label
+from ctxdistill.lm import LM
+from ctxdistill.recipe import ModelSection
+from ctxdistill.retention import Format, format_following, formats, perplexity, texts
+from ctxdistill.rows import Row
+from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress, write_atomic
+from ctxdistill.tasks import TASKS, Pattern, Source, Task, load
+
+log = logging.getLogger("ctxdistill")
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """A task's rows, as the study uses them."""
+
+    task: Task
+    pattern: Pattern
+    train: list[Row]
+    dropped: int
+    """Training rows whose text occurs among the evaluation rows, or occurred before."""
+    evaluation: dict[str, tuple[Source, list[Row]]]
+    """Set name -> its source and all its rows; the in-domain set first, under the task's name."""
+
+
+def study(
+    grid: Study,
+    out: str | Path | None = None,
+    *,
+    retry: bool = False,
+    paper_csv: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Run every cell of `grid` that is not finished, then write the page; returns its path.
+
+    Args:
+        out: the study's folder. Unset: `runs/<name>`.
+        retry: compute cells again that failed or did not fit.
+        paper_csv: the paper's runs, to be shown beside ours (see `analysis.analyse`).
+
+    Raises: `CtxDistillError` when the data or a model cannot be had; a cell's own trouble becomes its row.
+    """
+    progress = progress or no_progress
+    folder = RunDir(out or Path("runs") / (grid.name or "study"))
+    folder.lock()
+    try:
+        tasks = {name: read_task(grid, name) for name in grid.tasks.names}
+        folder.write_json("study_recipe.json", describe(grid, tasks))
+        cells = grid.cells()
+        todo = [cell for cell in cells if not finished(folder, grid, cell, retry)]
+        done = len(cells) - len(todo)
+        if done:
+            log.info("%d of %d cells are finished", done, len(cells))
+        runner = Runner(grid, folder, tasks, progress)
+        for cell in todo:
+            progress(f"cells ({cell.id})", done, len(cells))
+            runner.run(cell)
+            done += 1
+            progress(f"cells ({cell.id})", done, len(cells))
+        if grid.grid.draw == "paper":
+            write_authors_table(folder, grid)
+        return study_report.write_report(folder.path, paper_csv)
+    finally:
+        folder.release()
+
+
+class Runner:
+    """Computes cells, and keeps what neighbours share: the model, and the bench of a demonstration set."""
+
+    def __init__(self, grid: Study, folder: RunDir, tasks: dict[str, TaskRows], progress: Progress) -> None:
+        self.grid, self.folder, self.tasks, self.progress = grid, folder, tasks, progress
+        self.models: dict[str, LM] = {}
+        self.bench: tuple[Any, Bench] | None = None
+        self.retention = Retention(grid)
+
+    def run(self, cell: Cell) -> None:
+        """Compute one cell and write it down, whatever becomes of it."""
+        run = RunDir(self.folder / "cells" / cell.id)
+        shutil.rmtree(run.path, ignore_errors=True)
+        record: dict[str, Any] = {
+            "id": cell.id, "key": cell_key(self.grid, cell), "model": model_label(cell.model), "task": cell.task,
+            "n": cell.n, "set": cell.set, "arm": cell.arm, "status": "done", "reason": None, "sets": {}, "cost": None,
+        }  # fmt: skip
+        scores: list[dict[str, Any]] = []
+        try:
+            bench = self.prepared(cell)
+            arm = self.grid.arm(cell.arm)
+            bench.after_training = self.retention.after(cell)
+            found, scores = run_cell(bench, arm, run, self.progress)
+            if cell.n == 0 and self.grid.retention.texts:
+                found["retention"] = self.retention.measure(bench.lm, True)
+            domains = {name: "in" if name == cell.task else "out" for name in bench.evaluation}
+            record["sets"] = {
+                name: {"domain": domains[name], "rows": len(rows)} for name, rows in bench.evaluation.items()
+            }
+            record |= found
+        except FitError as error:
+            record |= {"status": "infeasible", "reason": str(error)}
+        except CtxDistillError as error:
+            if isinstance(error, ModelError):
+                raise  # no cell of this model could be computed
+            record |= {"status": "failed", "reason": str(error)}
+        run.write_jsonl("scores.jsonl", scores)
+        run.write_json("cell.json", record)
+
+    def prepared(self, cell: Cell) -> Bench:
+        """The bench of the cell's demonstration set."""
+        key = (cell.model, cell.task, cell.n, cell.set)
+        if self.bench is None or self.bench[0] != key:
+            self.bench = (key, self.make_bench(cell))
+        return self.bench[1]
+
+    def make_bench(self, cell: Cell) -> Bench:
+        grid, rows, seed = self.grid, self.tasks[cell.task], cell.set or 0
+        drawn = draw_of(grid, rows, cell.n, seed) if cell.n else Draw((), ())
+        evaluation = {
+            name: measured(grid, name, source, found, seed) for name, (source, found) in rows.evaluation.items()
+        }
+        if cell.n:
+            self.dump(cell, drawn, evaluation)
+        irrelevant = []
+        if cell.n and any(grid.arm(name).control == "irrelevant_context" for name in grid.grid.arms):
+            names = grid.tasks.names
+            other = self.tasks[names[(names.index(cell.task) + 1) % len(names)]]
+            irrelevant = [(other.pattern, demos) for demos in draw_of(grid, other, cell.n, seed).contexts]
+        teacher = self.model(grid.model.teacher) if grid.model.teacher else None
+        lm = self.model(cell.model)
+        if teacher and teacher.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+            raise ModelError(
+                "the bigger teacher has another tokenizer",
+                expected=f"that of {cell.model}",
+                found=str(grid.model.teacher),
+            )
+        return Bench(grid, lm, rows.task, rows.pattern, drawn, evaluation, seed, teacher, tuple(irrelevant))
+
+    def dump(self, cell: Cell, drawn: Draw, evaluation: dict[str, list[Row]]) -> None:
+        """Which rows were used, by their numbers in the data set."""
+
+        def numbers(rows: Any) -> list[int]:
+            return [row.fields["index"] for row in rows]
+
+        self.folder.write_json(
+            f"draws/{cell.task}-n{cell.n}-set{cell.set}.json",
+            {
+                "contexts": [numbers(rows) for rows in drawn.contexts], "queries": numbers(drawn.queries),
+                "evaluation": {name: numbers(rows) for name, rows in evaluation.items()},
+            },
+        )  # fmt: skip
+
+    def model(self, name: str) -> LM:
+        """The loaded model; one at a time, beside the bigger teacher."""
+        if name not in self.models:
+            keep = self.grid.model.teacher
+            self.models = {kept: lm for kept, lm in self.models.items() if kept == keep}
+            self.bench = None  # it holds the model that has to go
+            m = self.grid.model
+            section = ModelSection(name=name, dtype=m.dtype, device=m.device, window=m.window)
+            self.models[name] = LM.load(section, self.grid.base_dir, dropout=m.dropout)
+        return self.models[name]
+
+
+class Retention:
+    """What is measured on each trained arm beside the task."""
+
+    def __init__(self, grid: Study) -> None:
+        self.grid = grid
+        root = grid.path(grid.tasks.root) if grid.tasks.root else None
+        r = grid.retention
+        self.texts = texts(root, r.texts) if r.texts else []
+        self.formats: list[Format] = formats(root, r.formats)[0] if r.formats else []
+
+    def after(self, cell: Cell) -> Callable[[LM], dict[str, Any]] | None:
+        """What to do after training the arm of `cell`."""
+        if not self.texts and not self.formats:
+            return None
+        slow = cell.set in self.grid.grid.sets[: self.grid.retention.sets]
+        return lambda lm: self.measure(lm, slow)
+
+    def measure(self, lm: LM, slow: bool) -> dict[str, Any]:
+        """Perplexity and, where `slow`, format following, of the model as it is."""
+        return {
+            "perplexity": perplexity(lm, self.texts) if self.texts else None,
+            "format": format_following(lm, self.formats) if slow and self.formats else None,
+            "format_rows": len(self.formats) if slow else 0,
+        }
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def read_task(grid: Study, name: str) -> TaskRows:
+    """A task's rows, checked; training rows that occur in an evaluation set are left out."""
+    task = TASKS[name]
+    root = grid.path(grid.tasks.root) if grid.tasks.root else None
+    known = {**task.ood, **task.extra_ood}
+    wanted = list(task.ood) if grid.tasks.ood is None else [o for o in grid.tasks.ood if o in known]
+    pattern = task.patterns.get(grid.tasks.pattern or task.default_pattern) or task.patterns[task.default_pattern]
+    sources = {name: task.evaluation, **{o: known[o] for o in wanted}}
+    evaluation = {where: (source, load(source, root)) for where, source in sources.items()}
+    train = load(task.train, root)
+    if grid.grid.draw == "paper":  # as it is, repeated rows and all
+        return TaskRows(task, pattern, train, 0, evaluation)
+    for where, (source, rows) in evaluation.items():
+        evaluation[where] = (source, without(rows, ())[0])
+    kept, dropped = without(train, [row for _, rows in evaluation.values() for row in rows])
+    return TaskRows(task, pattern, kept, dropped, evaluation)
+
+
+def draw_of(grid: Study, rows: TaskRows, n: int, seed: int) -> Draw:
+    """Demonstrations and queries of a demonstration set."""
+    arms = [grid.arm(name) for name in grid.grid.arms]
+    contexts = grid.grid.contexts if any(arm.context == "many" for arm in arms) else 1
+    queries = max([grid.grid.queries, *(arm.queries for arm in arms)])
+    return draw(rows.train, rows.task.labels, n=n, queries=queries, seed=seed, contexts=contexts, mode=grid.grid.draw)
+
+
+def measured(grid: Study, name: str, source: Source, rows: list[Row], seed: int) -> list[Row]:
+    """The rows of an evaluation set that are measured: the same ones in all cells, unless the paper's way is asked for."""
+    limit = grid.eval.rows if name in TASKS else grid.eval.ood_rows
+    if grid.eval.choose == "paper":
+        return held_out(
+            rows, limit=limit, seed=seed, mode="paper-shuffled" if name.startswith("hans") else "paper-first"
+        )
+    return held_out(rows, limit=limit, seed=0)
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+def finished(folder: RunDir, grid: Study, cell: Cell, retry: bool) -> bool:
+    """Whether the cell is there, made with the same values."""
+    run = RunDir(folder / "cells" / cell.id)
+    if not (run / "cell.json").is_file():
+        return False
+    record = run.read_json("cell.json")
+    return record["key"] == cell_key(grid, cell) and not (retry and record["status"] != "done")
+
+
+def describe(grid: Study, tasks: dict[str, TaskRows]) -> dict[str, Any]:
+    """`study_recipe.json`: what is compared."""
+    arms: list[tuple[str, Arm]] = [(name, grid.arm(name)) for name in grid.grid.arms]
+    versions = {n: importlib.metadata.version(n) for n in ("ctxdistill", "torch", "transformers", "peft")}
+    return {
+        "name": grid.name or "study",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {**versions, "python": platform.python_version()},
+        "models": [{"name": model_label(name), "label": model_label(name)} for name in grid.model.names],
+        "tasks": [
+            {
+                "name": name, "title": rows.task.title, "labels": list(rows.task.labels), "evaluation": name,
+                "ood": [where for where in rows.evaluation if where != name], "version": rows.task.version,
+                "pattern": next(key for key, pattern in rows.task.patterns.items() if pattern is rows.pattern),
+                "train_rows": len(rows.train), "dropped": rows.dropped,
+                "rows": {where: len(found) for where, (_, found) in rows.evaluation.items()},
+            }
+            for name, rows in tasks.items()
+        ],
+        "demos": grid.grid.demos,
+        "sets": grid.grid.sets,
+        "arms": [
+            {
+                "name": name, "label": arm.label or name, "about": arm.about, "family": arm.family,
+                "control_of": arm.control_of,
+            }
+            for name, arm in arms
+        ],
+        "contexts": grid.grid.contexts,
+        "queries": grid.grid.queries,
+        "eval_rows": grid.eval.rows,
+        "main": grid.eval.main,
+        "study": grid.to_dict(),
+        "fingerprint": fingerprint(grid.to_dict()),
+    }  # fmt: skip
+
+
+def write_authors_table(folder: RunDir, grid: Study) -> None:
+    """`all_runs.csv` in the columns of the authors' own file, for the arm `cd_one`, by the rule `eval.main`."""
+    rows = []
+    for cell in grid.cells():
+        run = RunDir(folder / "cells" / cell.id)
+        record = run.read_json("cell.json")
+        if cell.arm != "cd_one" or record["status"] != "done":
+            continue
+        scores = run.read_jsonl("scores.jsonl")
+
+        def mean(domain: str, record: dict[str, Any] = record, scores: list[dict[str, Any]] = scores) -> float:
+            found = [s[grid.eval.main] for s in scores if record["sets"][s["set"]]["domain"] == domain]
+            return sum(found) / len(found) if found else float("nan")
+
+        rows.append(
+            {
+                "model": record["model"], "context_set_id": cell.set, "dataset": cell.task, "context_size": cell.n,
+                "accuracy_teacher": record["teacher"]["accuracy"], "accuracy_indomain": mean("in"), "accuracy_ood": mean("out"),
+                "trainable_parameters": record["cost"]["trainable"],
+                "all_parameters": record["cost"]["trainable"] + record["cost"]["parameters"],
+            }
+        )  # fmt: skip
+    if not rows:
+        raise DataError("the authors' table needs the arm cd_one", fix="add it to grid.arms")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(folder / "all_runs.csv", text.getvalue())

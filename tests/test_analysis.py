@@ -1,0 +1,448 @@
+"""What a study found, on synthetic study folders: numbers against slow computations by hand, claims, limits, holes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ctxdistill import claims
+from ctxdistill.analysis import _reading, analyse
+from ctxdistill.errors import DataError, RunError
+
+ARMS = [
+    {"name": "zero_shot", "label": "zero-shot", "about": "No demonstrations.", "family": "baseline"},
+    {"name": "in_context", "label": "in-context", "about": "The demonstrations in the prompt.", "family": "prompt"},
+    {"name": "ft_lora", "label": "fine-tuned, LoRA", "about": "LoRA trained on the labels.", "family": "finetune"},
+    {"name": "cd_one", "label": "distilled, one context", "about": "A student of one context.", "family": "distill"},
+    {"name": "cd_many", "label": "distilled, many contexts", "about": "A student of several.", "family": "distill"},
+    {
+        "name": "cd_one+shuffled_labels",
+        "label": "control: shuffled labels",
+        "about": "The teacher sees wrong labels.",
+        "family": "control",
+        "control_of": "cd_one",
+    },
+]
+SKILL = {
+    "zero_shot": 0.35,
+    "in_context": 0.60,
+    "ft_lora": 0.50,
+    "cd_one": 0.60,
+    "cd_many": 0.72,
+    "cd_one+shuffled_labels": 0.30,
+}
+TASKS = [
+    {"name": "trec", "title": "TREC", "labels": ["HUM", "LOC", "NUM"], "evaluation": "trec", "ood": [], "pattern": "default"},
+    {"name": "sst2", "title": "SST-2", "labels": ["neg", "pos"], "evaluation": "sst2", "ood": ["cr"], "pattern": "default"},
+]  # fmt: skip
+COSTS = {
+    # arm: labelled, unlabelled, teacher FLOPs, training FLOPs, FLOPs per request, prompt tokens
+    "zero_shot": (0, 0, 0, 0, 1e10, 40),
+    "in_context": (16, 0, 0, 0, 9e10, 400),
+    "ft_lora": (16, 0, 0, 4e12, 1e10, 40),
+}
+
+
+def build_study(
+    path: Path,
+    *,
+    demos: tuple[int, ...] = (4, 16),
+    sets: tuple[int, ...] = (0, 1, 2, 3),
+    rows: int = 240,
+    models: tuple[str, ...] = ("tiny",),
+    tasks: list[dict[str, Any]] | None = None,
+    skill: dict[str, float] | None = None,
+    spread: float = 0.01,
+    change: Callable[[Any], Any] = lambda value: value,
+) -> Path:
+    """A study folder. `skill`: accuracy by arm; `spread`: how much it differs between demonstration sets."""
+    tasks = TASKS if tasks is None else tasks
+    recipe = {
+        **{"name": "small study", "created": "2025-01-31T12:00:00+00:00", "versions": {"ctxdistill": "0.1.0"}},
+        "models": [{"name": name, "label": name.split("/")[-1]} for name in models],
+        "tasks": [{**task, "constant": {}} for task in tasks],
+        **{"demos": list(demos), "sets": list(sets), "arms": [{"control_of": None, **arm} for arm in ARMS]},
+        **{"eval_rows": rows, "queries": 128},
+    }
+    path.mkdir(parents=True)
+    (path / "study_recipe.json").write_text(json.dumps(change(recipe)), encoding="utf-8")
+    random = np.random.default_rng(0)
+    for task in tasks:
+        names = [task["evaluation"], *task["ood"]]
+        gold = {name: random.choice(task["labels"], rows) for name in names}
+        hard = {name: random.random(rows) for name in names}
+        for model, arm in itertools.product(models, ARMS):
+            alone = arm["name"] == "zero_shot"
+            for n, number in [(0, None)] if alone else itertools.product(demos, sets):
+                level = (skill or SKILL)[arm["name"]] + (0 if alone else random.normal(0, spread)) + 0.002 * n
+                write_cell(path, model, task, n, number, arm["name"], gold, hard, level, random, change)
+    return path
+
+
+def write_cell(path, model, task, n, number, arm, gold, hard, level, random, change) -> None:  # type: ignore[no-untyped-def]
+    where = "" if number is None else f"-n{n}-set{number}"
+    folder = path / "cells" / f"{model.split('/')[-1]}-{task['name']}{where}-{arm}"
+    lines = []
+    for name, labels in gold.items():
+        for i, label in enumerate(labels):
+            right = hard[name][i] * 0.7 + random.random() * 0.3 < level - 0.1 * (name != task["evaluation"])
+            wrong = next(other for other in task["labels"] if other != label)
+            said = str(label) if right else wrong
+            lines.append(
+                {"set": name, "row": f"{name}:{i}", "label": str(label), "prediction": said, "correct": float(right),
+                 "exact": None if arm == "ft_head" else float(right and i % 10 != 0)}
+            )  # fmt: skip
+    labelled, unlabelled, teacher, training, request, tokens = COSTS.get(arm, (16, 128, 1e12, 5e12, 1e10, 40))
+    trained = arm not in ("zero_shot", "in_context")
+    cell = {
+        **{"id": folder.name, "model": model, "task": task["name"], "n": n, "set": number, "arm": arm},
+        **{"status": "done", "reason": None},
+        "sets": {name: {"domain": "in" if name == task["evaluation"] else "out", "rows": len(gold[name])} for name in gold},
+        "teacher": {"accuracy": 0.5 + 0.01 * (number or 0), "rows": 128} if arm.startswith("cd") else None,
+        "cost": {
+            **{"labelled": labelled * n / 16, "unlabelled": unlabelled, "trained_tokens": 5000 * trained},
+            **{"teacher_flops": teacher, "train_flops": training * n / 16, "request_flops": request},
+            **{"seconds": 12.5, "peak_mb": 900.0, "trainable": 4_884_480 * trained, "adapter_bytes": 19_561_328 * trained},
+            **{"prompt_tokens": tokens, "latency_ms": 31.0},
+        },
+        "training": {"steps": 64, "loss_first": 0.9, "loss_last": 0.1} if trained else None,
+        "retention": {"perplexity": 20.0 + trained, "format": 0.5 - 0.05 * trained, "format_rows": 16}
+        if trained or arm == "zero_shot"
+        else None,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "cell.json").write_text(json.dumps(change(cell)), encoding="utf-8")
+    (folder / "scores.jsonl").write_text("".join(json.dumps(change(line)) + "\n" for line in lines), encoding="utf-8")
+
+
+def scores(path: Path, arm: str, task: str, name: str, n: int, sets: tuple[int, ...], key: str = "correct") -> Any:
+    """[S, N] straight from the files."""
+    found = []
+    for number in sets:
+        where = "" if arm == "zero_shot" else f"-n{n}-set{number}"
+        lines = (path / "cells" / f"tiny-{task}{where}-{arm}" / "scores.jsonl").read_text().splitlines()
+        found.append([line[key] for line in map(json.loads, lines) if line["set"] == name])
+    return np.array(found)
+
+
+def only(rows: list[dict[str, Any]], **values: Any) -> dict[str, Any]:
+    (found,) = [row for row in rows if all(row[key] == value for key, value in values.items())]
+    return found
+
+
+def edit(path: Path, cell: str, **values: Any) -> None:
+    file = path / "cells" / cell / "cell.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_study(tmp_path_factory.mktemp("study") / "full")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    return analyse(folder)
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_what_the_files_say(folder: Path, found: dict[str, Any]) -> None:
+    x = scores(folder, "cd_one", "sst2", "cr", 16, (0, 1, 2, 3))
+    row = only(found["table"], task="sst2", set="cr", n=16, arm="cd_one")
+    assert row["mean"] == pytest.approx(x.mean())
+    assert row["per_set"] == pytest.approx(list(x.mean(1)))
+    assert row["sd"] == pytest.approx(x.mean(1).std(ddof=1))
+    assert row["exact"] == pytest.approx(scores(folder, "cd_one", "sst2", "cr", 16, (0, 1, 2, 3), "exact").mean())
+    assert row["low"] < row["mean"] < row["high"]
+    assert (row["domain"], row["sets"], row["rows"]) == ("out", 4, 240)
+    assert row["teacher"] == pytest.approx(np.mean([0.50, 0.51, 0.52, 0.53]))
+    zero = only(found["table"], task="sst2", set="cr", arm="zero_shot")
+    assert (zero["n"], zero["sets"], zero["sd"]) == (0, 1, None)
+
+
+def test_the_constant_answer_is_an_arm(folder: Path, found: dict[str, Any]) -> None:
+    labels = list(scores(folder, "zero_shot", "trec", "trec", 0, (0,), "label")[0])
+    row = only(found["table"], task="trec", arm="constant")
+    assert row["mean"] == max(labels.count(label) for label in set(labels)) / 240
+    assert found["arms"][0]["name"] == "constant"
+
+
+def test_a_comparison_is_paired_by_set_and_row(folder: Path, found: dict[str, Any]) -> None:
+    a, b = (scores(folder, arm, "trec", "trec", 16, (0, 1, 2, 3)) for arm in ("cd_many", "zero_shot"))
+    row = only(found["comparisons"], task="trec", n=16, a="cd_many", b="zero_shot")
+    assert row["difference"] == pytest.approx((a - b).mean())
+    assert row["low"] < row["difference"] < row["high"]
+    assert (row["reading"], row["sets"], len(row["p_mcnemar"])) == ("above", 4, 4)
+    control = only(found["comparisons"], task="trec", n=16, a="cd_one+shuffled_labels")
+    assert (control["b"], control["reading"]) == ("cd_one", "below")
+
+
+def test_p_values_are_corrected_for_the_whole_study(found: dict[str, Any]) -> None:
+    rows = sorted(found["comparisons"], key=lambda row: row["p"])
+    # 3 arms against zero-shot and in-context, cd against ft, in-context against zero-shot and constant, 1 control
+    assert len(rows) == 3 * 2 * (2 * 3 + 2 + 2 + 1)  # in domain twice and out of domain once, for two n
+    step, expected = 0.0, []
+    for i, row in enumerate(rows):
+        step = max(step, min(1.0, row["p"] * (len(rows) - i)))
+        expected.append(step)
+    assert [row["p_corrected"] for row in rows] == pytest.approx(expected)
+
+
+def test_a_difference_counts_only_where_p_and_interval_agree(found: dict[str, Any]) -> None:
+    for row in found["comparisons"]:
+        outside = row["low"] > 0 or row["high"] < 0
+        assert (row["reading"] != "open") == (outside and row["p_corrected"] < 0.05)
+    counts = only(found["summary"], arm="cd_many", against="in_context", domain="in")
+    mine = [r for r in found["comparisons"] if (r["a"], r["b"], r["domain"]) == ("cd_many", "in_context", "in")]
+    assert counts["above"] == sum(r["reading"] == "above" for r in mine)
+    assert counts["above"] + counts["below"] + counts["open"] == len(mine) == 4
+
+
+def test_gap_closed_is_a_ratio_of_means(folder: Path, found: dict[str, Any]) -> None:
+    z, t, s = (
+        scores(folder, a, "trec", "trec", 16, (0, 1, 2, 3)).mean() for a in ("zero_shot", "in_context", "cd_many")
+    )
+    row = only(found["gap_closed"], task="trec", n=16, arm="cd_many")
+    assert row["mean"] == pytest.approx((s - z) / (t - z))
+    assert row["low"] < row["mean"] < row["high"]
+
+
+def test_costs_and_break_even(found: dict[str, Any]) -> None:
+    cost = only(found["costs"], task="trec", n=16, arm="cd_one")
+    assert (cost["labelled"], cost["flops"]) == (16, 6e12)
+    even = only(found["break_even"], task="trec", n=16, arm="cd_one")
+    assert (even["saved"], even["requests"], even["labels_more"]) == (8e10, 75, 0)
+    kept = only(found["retention"], task="trec", n=16, arm="ft_lora")
+    assert (kept["perplexity"], kept["base_perplexity"], kept["base_format"]) == (21, 20, 0.5)
+
+
+def test_an_arm_that_saves_nothing_never_pays_off(tmp_path: Path) -> None:
+    def expensive(value: Any) -> Any:
+        if value.get("arm") == "cd_one":
+            value["cost"]["request_flops"] = 1e12
+        return value
+
+    found = analyse(build_study(tmp_path / "s", demos=(4,), rows=30, tasks=TASKS[:1], change=expensive))
+    assert only(found["break_even"], arm="cd_one")["requests"] is None
+
+
+def test_scores_that_are_means_over_contexts(tmp_path: Path) -> None:
+    def shares(value: Any) -> Any:
+        if "correct" in value:
+            value["correct"] = (value["correct"] + 3) / 4
+        return value
+
+    found = analyse(build_study(tmp_path / "s", demos=(4,), rows=30, tasks=TASKS[:1], change=shares))
+    row = found["comparisons"][0]
+    assert row["p_mcnemar"] == [None] * 4
+    assert 0 <= row["p"] <= 1
+
+
+# -- claims and limits ------------------------------------------------------------------------------------------------
+
+
+def verdicts(found: dict[str, Any]) -> list[str]:
+    return [claim["verdict"] for claim in found["claims"]]
+
+
+def test_claims_that_the_numbers_support(tmp_path: Path) -> None:
+    skill = {**SKILL, "in_context": 0.60, "cd_one": 0.75, "ft_lora": 0.95}
+
+    def cheap(value: Any) -> Any:
+        if value.get("arm") == "cd_one":
+            value["cost"] |= {"labelled": 1, "teacher_flops": 1e9, "train_flops": 1e9}
+        return value
+
+    found = analyse(build_study(tmp_path / "s", demos=(16,), skill=skill, spread=0.002, change=cheap))
+    assert verdicts(found) == ["yes", "yes", "yes", "yes"]
+    assert [claim["counts"]["yes"] for claim in found["claims"]] == [2, 1, 2, 2]
+    assert (
+        "SST-2 → cr, 16 demonstrations: distilled, one context minus in-context +" in found["claims"][1]["evidence"][0]
+    )
+    assert "1 labelled examples against 16 (and 128 unlabelled queries)" in found["claims"][3]["evidence"][0]
+
+
+def test_claims_that_the_numbers_contradict(tmp_path: Path) -> None:
+    skill = {**SKILL, "in_context": 0.85, "cd_one": 0.60, "ft_lora": 0.40}
+    found = analyse(build_study(tmp_path / "s", demos=(16,), skill=skill, spread=0.002))
+    assert verdicts(found) == ["no", "no", "no", "no"]
+
+
+def test_equal_arms_decide_nothing_when_sets_differ(tmp_path: Path) -> None:
+    found = analyse(
+        build_study(
+            tmp_path / "s",
+            demos=(16,),
+            sets=(0, 1, 2),
+            spread=0.03,
+            skill={**SKILL, "in_context": 0.75, "cd_one": 0.75},
+        )
+    )
+    assert verdicts(found)[:2] == ["not decidable", "not decidable"]
+
+
+def test_tasks_where_nothing_can_be_taught_are_named_and_decide_nothing(tmp_path: Path) -> None:
+    skill = {**SKILL, "in_context": 0.35, "cd_one": 0.10, "ft_lora": 0.9}
+    found = analyse(build_study(tmp_path / "s", demos=(16,), skill=skill, spread=0.002))
+    assert not any(cell["taught"] for cell in found["taught"])
+    assert verdicts(found)[:3] == ["not decidable"] * 3
+    (said,) = [line for line in found["limits"] if line.startswith("TREC, 16 demonstrations: nothing to teach")]
+    assert "not shown to be better than always giving one answer" in said
+
+
+@pytest.mark.parametrize("sets", [(0,), (0, 1)])
+def test_fewer_than_three_sets_decide_nothing(tmp_path: Path, sets: tuple[int, ...]) -> None:
+    skill = {**SKILL, "in_context": 0.60, "cd_one": 0.80, "ft_lora": 0.95}
+    found = analyse(build_study(tmp_path / "s", demos=(16,), sets=sets, skill=skill, spread=0.002))
+    assert verdicts(found)[:3] == ["not decidable"] * 3
+    assert found["limits"][0].startswith(f"With {len(sets)} demonstration set")
+    assert "nothing can be concluded about other demonstrations" in found["limits"][0]
+    row = only(found["table"], task="trec", n=16, arm="cd_one")
+    assert row["low"] < row["mean"] < row["high"]
+    assert (row["sd"] is None) == (len(sets) == 1)
+
+
+def test_few_rows_are_said_aloud(tmp_path: Path) -> None:
+    few = analyse(build_study(tmp_path / "few", demos=(16,), rows=100))["limits"]
+    assert [line.split(" has ")[0] for line in few if "evaluation rows" in line] == ["TREC", "SST-2", "SST-2 → cr"]
+    assert "± 10 points at best" in next(line for line in few if line.startswith("TREC has 100"))
+    assert not [
+        line for line in analyse(build_study(tmp_path / "enough", demos=(16,)))["limits"] if "evaluation rows" in line
+    ]
+
+
+def comparison(a: str, b: str, low: float, high: float, p: float = 0.001, domain: str = "in") -> dict[str, Any]:
+    row = {
+        **{
+            "model": "m",
+            "task": "trec",
+            "n": 16,
+            "set": "trec",
+            "domain": domain,
+            "a": a,
+            "b": b,
+            "sets": 4,
+            "rows": 400,
+        },
+        **{"difference": (low + high) / 2, "low": low, "high": high, "p_corrected": p},
+    }
+    return {**row, "reading": _reading(row)}
+
+
+@pytest.mark.parametrize(
+    ("claim", "low", "high", "p", "verdict"),
+    [
+        (0, -0.019, 0.05, 1.0, "yes"),
+        (0, -0.03, 0.05, 1.0, "not decidable"),  # the mean is inside of the margin, the interval is not
+        (0, -0.06, -0.03, 0.01, "no"),
+        (0, -0.06, -0.03, 0.30, "not decidable"),  # other comparisons weigh on this one
+        (0, -0.06, -0.01, 0.01, "not decidable"),  # below, but maybe within the margin
+        (1, 0.01, 0.05, 0.01, "yes"),
+        (1, 0.01, 0.05, 0.06, "not decidable"),
+        (1, -0.05, -0.01, 0.01, "no"),
+        (2, -0.05, -0.01, 0.01, "yes"),
+        (2, -0.01, 0.03, 1.0, "no"),
+        (2, -0.05, 0.03, 1.0, "not decidable"),
+    ],
+)
+def test_what_decides_a_claim(claim: int, low: float, high: float, p: float, verdict: str) -> None:
+    words = claims.Words({"models": [{"name": "m"}], "tasks": [{"name": "trec"}]}, ARMS)
+    gains = [comparison("in_context", b, 0.1, 0.2) for b in ("zero_shot", "constant")]
+    against, domain = [("in_context", "in"), ("in_context", "out"), ("ft_lora", "in")][claim]
+    rows = [*gains, comparison("cd_one", against, low, high, p, domain)]
+    found = claims.verdicts(rows, [], claims.taught(rows), words)
+    assert found[claim]["verdict"] == verdict
+    assert all(other["verdict"] == "not decidable" for other in found if other is not found[claim])
+
+
+@pytest.mark.parametrize(("labelled", "flops", "verdict"), [(8, 1e9, "yes"), (16, 1e9, "no"), (8, 1e12, "no")])
+def test_less_data_and_compute_means_both(labelled: int, flops: float, verdict: str) -> None:
+    words = claims.Words({"models": [{"name": "m"}], "tasks": [{"name": "trec"}]}, ARMS)
+    where = {"model": "m", "task": "trec", "n": 16}
+    costs = [
+        {**where, "arm": "ft_lora", "labelled": 16, "flops": 1e12},
+        {**where, "arm": "cd_one", "labelled": labelled, "flops": flops},
+    ]
+    assert claims.verdicts([], costs, [], words)[3]["verdict"] == verdict
+
+
+def test_a_claim_falls_with_one_cell_and_stands_with_all() -> None:
+    for outcomes, verdict in (
+        (["yes", "yes"], "yes"), (["yes", "open"], "not decidable"), (["yes", "no", "open"], "no"), ([], "not decidable"),
+    ):  # fmt: skip
+        assert claims._decided("claim", outcomes, [], "scope")["verdict"] == verdict
+
+
+# -- what is not there ------------------------------------------------------------------------------------------------
+
+
+def test_missing_cells_are_rows_and_comparisons_use_what_is_common(tmp_path: Path) -> None:
+    folder = build_study(tmp_path / "s", demos=(16,), tasks=TASKS[:1])
+    edit(folder, "tiny-trec-n16-set0-cd_one", status="infeasible", reason="3,000 tokens do not fit 2,048")
+    (folder / "cells" / "tiny-trec-n16-set3-in_context" / "cell.json").unlink()
+    found = analyse(folder)
+    assert found["missing"] == [
+        {"cell": "tiny-trec-n16-set0-cd_one", "status": "infeasible", "reason": "3,000 tokens do not fit 2,048"},
+        {"cell": "tiny trec in_context, n = 16, set 3", "status": "not run", "reason": "the study is not finished"},
+    ]
+    row = only(found["comparisons"], a="cd_one", b="in_context")
+    a, b = (scores(folder, arm, "trec", "trec", 16, (1, 2)) for arm in ("cd_one", "in_context"))
+    assert row["sets"] == 2
+    assert row["difference"] == pytest.approx((a - b).mean())
+
+
+def test_a_study_that_has_just_begun(tmp_path: Path) -> None:
+    folder = build_study(tmp_path / "s", demos=(16,), tasks=TASKS[:1])
+    for cell in (folder / "cells").iterdir():
+        (cell / "cell.json").unlink()
+    found = analyse(folder)
+    assert (found["table"], found["comparisons"]) == ([], [])
+    assert verdicts(found) == ["not decidable"] * 4
+    assert {row["status"] for row in found["missing"]} == {"not run"}
+    assert json.loads((folder / "study.json").read_text()) == found
+
+
+def test_cells_of_a_larger_grid_in_the_same_folder_are_left_out(tmp_path: Path) -> None:
+    folder = build_study(tmp_path / "s", demos=(4, 16), rows=30)
+    recipe = json.loads((folder / "study_recipe.json").read_text())
+    recipe |= {"demos": [16], "sets": [0, 1, 2], "tasks": recipe["tasks"][:1], "arms": recipe["arms"][:4]}
+    (folder / "study_recipe.json").write_text(json.dumps(recipe))
+    found = analyse(folder)
+    assert {(r["task"], r["n"], r["sets"]) for r in found["table"] if r["n"]} == {("trec", 16, 3)}
+    assert {row["arm"] for row in found["table"]} == {"constant", "zero_shot", "in_context", "ft_lora", "cd_one"}
+    assert found["missing"] == []
+
+
+def test_cells_on_other_rows_are_refused(tmp_path: Path) -> None:
+    folder = build_study(tmp_path / "s", demos=(16,), tasks=TASKS[:1])
+    file = folder / "cells" / "tiny-trec-n16-set2-cd_one" / "scores.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+    with pytest.raises(RunError, match=r"tiny-trec.* was measured on other rows of trec"):
+        analyse(folder)
+
+
+def test_no_study_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"study_recipe\.json") as caught:
+        analyse(tmp_path / "nothing")
+    assert caught.value.found == "no such folder"
+
+
+def test_the_papers_runs(tmp_path: Path) -> None:
+    folder = build_study(tmp_path / "s", demos=(16,), tasks=TASKS[:1], rows=20)
+    runs = tmp_path / "runs.csv"
+    head = "model,context_set_id,dataset,context_size,accuracy_teacher,accuracy_indomain,accuracy_ood"
+    runs.write_text(f"{head}\nopt-1.3b,0,mnli,16,0.5,0.4,0.3\nopt-1.3b,1,mnli,16,0.7,0.6,0.5\n")
+    (row,) = analyse(folder, runs)["paper"]
+    assert row == {"model": "opt-1.3b", "task": "mnli", "n": 16, "runs": 2, "teacher": 0.6, "in": 0.5, "out": 0.4}
+    runs.write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match="cannot read the paper's runs"):
+        analyse(folder, runs)

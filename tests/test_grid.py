@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ctxdistill.errors import RecipeError
+from ctxdistill.grid import ARMS, CONTROLS, Arm, Study, cell_key, model_label
+
+ROOT = Path(__file__).parents[1]
+
+
+def study(**sections: Any) -> Study:
+    return Study.from_dict({"model": {"names": ["a/b"]}, "tasks": {"names": ["trec", "mnli"]}, **sections})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_the_studies_that_ship_are_valid(path: Path) -> None:
+    found = Study.load(path)
+    assert found.name == path.stem and len({cell.id for cell in found.cells()}) == len(found.cells()) > 2
+
+
+def test_the_grid_is_the_product_but_for_arms_that_nothing_changes() -> None:
+    grid = {"demos": [2, 16], "sets": [0, 1, 2], "arms": ["zero_shot", "in_context", "cd_one"]}
+    cells = study(grid=grid).cells()
+    assert len(cells) == 2 * (1 + 2 * 3 * 2)
+    assert [c.id for c in cells[:4]] == [
+        "b-trec-zero_shot",
+        "b-trec-n2-set0-in_context",
+        "b-trec-n2-set0-cd_one",
+        "b-trec-n2-set1-in_context",
+    ]
+    assert (cells[0].n, cells[0].set) == (0, None)
+
+
+def test_arms_of_the_paper_and_its_future_work_are_there() -> None:
+    cube = {name: arm for name, arm in ARMS.items() if name.startswith("ab_")}
+    assert len(cube) == 8 and len({(a.trains, a.targets, a.context) for a in cube.values()}) == 8
+    one = ARMS["cd_one"].model_dump(exclude={"label", "about"})
+    assert cube["ab_lora_soft_context"].model_dump(exclude={"label", "about"}) == one
+    assert {ARMS[n].targets for n in ("ft_full", "ft_lora", "ft_head")} == {"gold"}
+    assert {a.family for n, a in ARMS.items() if n.startswith("cd_")} == {"distill"}
+    assert all(arm.about and arm.label for arm in ARMS.values())
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_is_its_arm_with_one_thing_changed(control: str) -> None:
+    arm = study().arm(f"cd_many+{control}")
+    assert (arm.family, arm.control, arm.control_of) == ("control", control, "cd_many")
+    assert arm.context == ("none" if control == "zero_shot_teacher" else "many")
+    assert arm.trains == ARMS["cd_many"].trains and CONTROLS[control] in arm.about
+
+
+def test_an_arm_of_ones_own() -> None:
+    made = study(
+        arms={"mine": {"like": "cd_one", "queries": 32, "train": {"lr": 0.1}, "lora": {"rank": 2}}},
+        grid={"arms": ["mine", "mine+shuffled_labels"]},
+    )
+    arm = made.arm("mine")
+    assert (arm.queries, arm.label, arm.context) == (32, "mine", "one")
+    assert made.training(arm, 3).lr == 0.1 and made.training(arm, 3).seed == 3 and made.adapter(arm).rank == 2
+    assert made.training(ARMS["cd_one"], 0).lr == made.train.lr
+    assert made.training(ARMS["ft_full"], 0).lr == made.full_lr
+    assert made.training(ARMS["ft_lora"], 0).epochs == made.finetune.epochs
+
+
+def test_a_table_changes_single_values_of_the_default() -> None:
+    made = study(train={"epochs": 3})
+    assert (made.train.epochs, made.train.validation, made.train.lr) == (3, 0.0, Study.model_fields["train"].default.lr)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"tasks": {"names": ["mnly"]}}, "unknown task 'mnly'; did you mean 'mnli'?"),
+        ({"tasks": {"names": ["mnli"], "pattern": "papr"}}, "did you mean 'paper'?"),
+        ({"grid": {"arms": ["cd_on"]}}, "unknown arm 'cd_on'; did you mean 'cd_one'?"),
+        ({"grid": {"arms": ["cd_one+shuffeled_labels"]}}, "did you mean 'shuffled_labels'?"),
+        ({"grid": {"arms": ["ft_lora+shuffled_labels"]}}, "belongs to an arm that learns from a teacher"),
+        ({"grid": {"arms": ["zero_shot+shuffled_labels"]}}, "belongs to an arm that learns from a teacher"),
+        ({"grid": {"arms": ["kd_bigger"]}}, "model.teacher: missing"),
+        ({"grid": {"sets": [0, 0]}}, "grid.sets: expected different values"),
+        ({"grid": {"demos": [0]}}, "grid.demos.0"),
+        ({"grid": {"demo": [2]}}, "grid.demo: unknown key; did you mean 'demos'?"),
+        ({"train": {"learning_rate": 1.0}}, "train.learning_rate: unknown key"),
+        ({"arms": {"x": {"like": "nothing"}}, "grid": {"arms": ["x"]}}, "arms.x.like: unknown arm 'nothing'"),
+        ({"arms": {"x": {"like": "cd_one", "query": 3}}, "grid": {"arms": ["x"]}}, "query: unknown key; did you mean 'queries'?"),
+        ({"arms": {"x": {"like": "ft_lora", "context": "one"}}, "grid": {"arms": ["x"]}}, 'context must be "none"'),
+        ({"tasks": {"names": ["trec"]}, "grid": {"arms": ["cd_one+irrelevant_context"]}}, "name two tasks or more"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(sections: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        study(**sections)
+    assert said in str(error.value)
+
+
+def test_arms_that_contradict_themselves() -> None:
+    for values in (
+        {"trains": "head"},
+        {"teacher": "bigger", "trains": "nothing"},
+        {"targets": "gold", "context": "none", "demos_weight": 1.0},
+    ):
+        with pytest.raises(ValueError, match=r"targets|teacher"):
+            Arm.model_validate(values)
+
+
+def test_a_cell_is_made_again_when_what_it_depends_on_changes() -> None:
+    base = study(grid={"sets": [0]})
+    cells = {cell.arm: cell for cell in base.cells() if cell.task == "trec"}
+
+    def changed(arm: str, **sections: Any) -> bool:
+        return cell_key(study(**sections), cells[arm]) != cell_key(base, cells[arm])
+
+    assert not changed(
+        "cd_one", grid={"sets": [0, 1], "arms": ["cd_one"]}, name="other"
+    )  # a grown grid keeps its cells
+    assert not changed("cd_one", model={"names": ["a/b", "c/d"]})
+    assert changed("cd_one", train={"lr": 0.1}) and not changed("ft_lora", train={"lr": 0.1})
+    assert changed("ft_lora", finetune={"lr": 0.1}) and not changed("cd_one", finetune={"lr": 0.1})
+    assert changed("cd_one", grid={"sets": [0], "queries": 64}) and changed("zero_shot", eval={"rows": 5})
+    assert changed("cd_many", grid={"sets": [0], "contexts": 2}) and changed("cd_one", lora={"rank": 2})
+    assert changed("cd_one", model={"names": ["a/b"], "window": 9})
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("facebook/opt-125m", "opt-125m"), ("/x/y/smol", "smol"), ("m/a.Q4_1.gguf", "a.Q4_1")]
+)
+def test_model_label(name: str, label: str) -> None:
+    assert model_label(name) == label

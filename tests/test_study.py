@@ -1,0 +1,293 @@
+"""A study end to end on tiny models: cells, resuming, holes, the authors' procedure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from ctxdistill import cells as cells_module
+from ctxdistill import cli, study_report
+from ctxdistill import study as studies
+from ctxdistill.cells import NOTHING
+from ctxdistill.errors import ModelError, RunError
+from ctxdistill.grid import Study
+from ctxdistill.rows import Record
+from ctxdistill.study import study
+from ctxdistill.tasks import TASKS, Pattern, Source, Task
+from ctxdistill.tasks.source import Local
+
+LABELS = ("up", "down")
+
+
+def source(name: str, start: int, count: int) -> Source:
+    def read(path: Path, most: int, problems: list[str]) -> tuple[list[Record], int]:
+        made = [
+            (f"x:{i}", {"text": f"{'abcdefgh'[i % 8]}{i}", "label": LABELS[i % 2]}) for i in range(start, start + count)
+        ]
+        return made, count
+
+    return Source(name, LABELS, Local(file="x.txt", read=read, counts={"up": count // 2, "down": count // 2}), None)
+
+
+def task(name: str, start: int, ood: str = "") -> Task:
+    words = dict(zip(LABELS, ("yes", "no"), strict=True))
+    pattern = Pattern(
+        "{text}:", words, instruction="Think. Up?", student_instruction="Up?", ood={ood: "{text} ="} if ood else {}
+    )
+    return Task(
+        name, 1, name.title(), LABELS, source("train", start, 60), source("eval", start + 60, 12),
+        {ood: source("ood", start + 80, 10)} if ood else {}, {}, {"default": pattern},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(TASKS, "updown", task("updown", 0, "far"))
+    monkeypatch.setitem(TASKS, "other", task("other", 1000))
+    tiny.save(tmp_path / "opt", "opt-350m", chat=False)
+    (tmp_path / "x.txt").write_text("here\n")
+    return tmp_path
+
+
+def grid(folder: Path, **sections: Any) -> Study:
+    raw: dict[str, Any] = {
+        "name": "tiny", "model": {"names": ["opt"]}, "tasks": {"names": ["updown"], "root": "."},
+        "grid": {
+            "demos": [2, 4], "sets": [0, 1], "contexts": 2, "queries": 6,
+            "arms": ["zero_shot", "in_context", "ft_lora", "cd_one", "cd_many"],
+        },
+        "train": {"epochs": 1, "lr": 0.01}, "finetune": {"epochs": 1}, "eval": {"latency_rows": 0, "batch_size": 8},
+    }  # fmt: skip
+    for name, values in sections.items():
+        raw[name] = {**raw.get(name, {}), **values} if isinstance(values, dict) else values
+    return Study.from_dict(raw, folder)
+
+
+def cells(out: Path) -> dict[str, Any]:
+    return {p.parent.name: json.loads(p.read_text()) for p in sorted((out / "cells").glob("*/cell.json"))}
+
+
+def test_a_study_end_to_end(folder: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    page = study(grid(folder), folder / "out", progress=lambda *a: seen.append(a))
+    found = cells(folder / "out")
+    assert len(found) == 1 + 2 * 2 * 4 and {c["status"] for c in found.values()} == {"done"}
+    rows = [s["row"] for s in tiny.read_jsonl(folder / "out/cells/opt-updown-zero_shot/scores.jsonl")]
+    for name, cell in found.items():
+        scores = tiny.read_jsonl(folder / "out" / "cells" / name / "scores.jsonl")
+        assert [s["set"] for s in scores] == ["updown"] * 12 + [
+            "far"
+        ] * 10  # the same rows in the same order, everywhere
+        assert [s["row"] for s in scores] == rows
+        assert cell["sets"] == {"updown": {"domain": "in", "rows": 12}, "far": {"domain": "out", "rows": 10}}
+    draws = json.loads((folder / "out/draws/updown-n4-set1.json").read_text())
+    assert len(draws["contexts"]) == 2 and len(draws["queries"]) == 6
+    used = [i for c in draws["contexts"] for i in c] + draws["queries"]
+    assert len(set(used)) == len(used) == 14  # demonstrations and queries never overlap
+    two = json.loads((folder / "out/draws/updown-n2-set1.json").read_text())
+    assert two["queries"] == draws["queries"]
+    assert page.is_file() and "Updown" in page.read_text()
+    table = json.loads((folder / "out/study.json").read_text())["table"]
+    assert {row["arm"] for row in table} == {"constant", "zero_shot", "in_context", "ft_lora", "cd_one", "cd_many"}
+    stages = [(done, total) for stage, done, total in seen if stage.startswith("cells (")]
+    assert stages[0] == (0, 17) and stages[-1] == (17, 17)
+
+
+def test_finished_cells_are_kept_and_changed_ones_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    run = studies.Runner.run
+
+    def counted(self: Any, cell: Any) -> None:
+        made.append(cell.id)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        run(self, cell)
+
+    monkeypatch.setattr(studies.Runner, "run", counted)
+    small = {"demos": [2], "sets": [0]}
+    with pytest.raises(KeyboardInterrupt):
+        study(grid(folder, grid=small), folder / "out")
+    assert len(cells(folder / "out")) == 2
+    study(grid(folder, grid=small), folder / "out")
+    assert made == [made[0], made[1], made[2], made[2], *made[4:]] and len(made) == 6
+    first = cells(folder / "out")
+    study(grid(folder, grid=small), folder / "out")
+    assert len(made) == 6 and cells(folder / "out") == first
+    study(grid(folder, grid=small, finetune={"epochs": 2}), folder / "out")
+    assert made[6:] == ["opt-updown-n2-set0-ft_lora"]
+    study(grid(folder, grid={"demos": [2], "sets": [0, 1]}, finetune={"epochs": 2}), folder / "out")
+    assert len(made) == 7 + 4  # a grown grid
+
+
+def test_a_cell_does_not_depend_on_what_ran_before_it(folder: Path) -> None:
+    only = {"demos": [4], "sets": [1], "arms": ["cd_many"]}
+    study(grid(folder), folder / "all")
+    study(grid(folder, grid=only), folder / "alone")
+    (name,) = cells(folder / "alone")
+    one, other = (tiny.read_jsonl(folder / out / "cells" / name / "scores.jsonl") for out in ("all", "alone"))
+    assert one == other
+    losses = [cells(folder / out)[name]["training"] for out in ("all", "alone")]
+    assert losses[0] == losses[1]
+
+
+def test_what_does_not_fit_is_a_row_with_its_reason(folder: Path) -> None:
+    page = study(grid(folder, model={"window": 32}, grid={"demos": [2, 16]}), folder / "out")
+    found = cells(folder / "out")
+    states = {name: cell["status"] for name, cell in found.items()}
+    assert states["opt-updown-zero_shot"] == states["opt-updown-n16-set0-ft_lora"] == "done"
+    assert states["opt-updown-n16-set0-in_context"] == states["opt-updown-n16-set1-cd_many"] == "infeasible"
+    assert "at most 32 tokens" in found["opt-updown-n16-set0-in_context"]["reason"]
+    assert "at most 32 tokens" in page.read_text()
+    before = found["opt-updown-n16-set0-in_context"]
+    study(grid(folder, model={"window": 32}, grid={"demos": [2, 16]}), folder / "out", retry=True)
+    assert cells(folder / "out")["opt-updown-n16-set0-in_context"]["reason"] == before["reason"]
+
+
+def test_a_failed_cell_stops_no_other(folder: Path) -> None:
+    out = folder / "out"
+    study(
+        grid(folder, grid={"demos": [2], "sets": [0]}, train={"lr": 1e30, "clip": 1e30, "epochs": 20, "batch_size": 2}),
+        out,
+    )
+    found = cells(out)
+    assert (
+        found["opt-updown-n2-set0-cd_one"]["status"] == "failed"
+        and "finite" in found["opt-updown-n2-set0-cd_one"]["reason"]
+    )
+    assert found["opt-updown-n2-set0-ft_lora"]["status"] == "done"
+
+
+def test_controls_a_bigger_teacher_and_retention(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save(folder / "big", "opt-1.3b", chat=False, seed=1)
+    monkeypatch.setattr(studies, "texts", lambda root, rows: ["some text that has nothing to do with it"] * rows)
+    arms = [
+        "zero_shot",
+        "cd_one",
+        "cd_one+shuffled_labels",
+        "cd_one+irrelevant_context",
+        "cd_one+zero_shot_teacher",
+        "kd_bigger",
+        "cd_bigger",
+    ]
+    made = grid(
+        folder, model={"teacher": "big"}, tasks={"names": ["updown", "other"]},
+        grid={"demos": [4], "sets": [0], "arms": arms}, retention={"texts": 2},
+    )  # fmt: skip
+    study(made, folder / "out")
+    found = cells(folder / "out")
+    assert {c["status"] for c in found.values()} == {"done"}
+    base = found["opt-updown-zero_shot"]["retention"]["perplexity"]
+    assert base > 1 and found["opt-updown-n4-set0-cd_one"]["retention"]["perplexity"] != base
+    # the base model's own distribution is what it already says: nothing to learn, unlike from a real context
+    assert found["opt-updown-n4-set0-cd_one+zero_shot_teacher"]["training"]["loss_first"] < 1e-5
+    assert found["opt-updown-n4-set0-cd_one"]["training"]["loss_first"] > 1e-3
+    teachers = {name: found[f"opt-updown-n4-set0-{name}"]["training"]["loss_first"] for name in arms[1:]}
+    assert len(set(teachers.values())) == len(teachers)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(folder: Path) -> None:
+    tiny.save(folder / "big", "llama", chat=False)
+    path = folder / "big" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"<|user|>"', '"<|human|>"'))
+    made = grid(folder, model={"teacher": "big"}, grid={"demos": [2], "sets": [0], "arms": ["kd_bigger"]})
+    with pytest.raises(ModelError, match="another tokenizer"):
+        study(made, folder / "out")
+
+
+def test_two_at_once_are_refused(folder: Path) -> None:
+    lock = studies.RunDir(folder / "out")
+    lock.lock()
+    with pytest.raises(RunError, match="in use by process"):
+        study(grid(folder), folder / "out")
+    lock.release()
+
+
+def compat(folder: Path, **sections: Any) -> Study:
+    """The shipped study of the authors' procedure, on the tiny task."""
+    raw = studies_file("paper-compat")
+    raw["model"]["names"], raw["tasks"] = ["opt"], {"names": ["updown"], "root": "."}
+    raw["grid"] |= {"demos": [4], "sets": [0, 1]}
+    raw["eval"] |= {"latency_rows": 0, "rows": 8, "ood_rows": 5}
+    raw["train"]["epochs"] = 2
+    for name, values in sections.items():
+        raw[name] |= values
+    return Study.from_dict(raw, folder)
+
+
+def studies_file(name: str) -> dict[str, Any]:
+    import tomllib
+
+    return tomllib.loads((Path(__file__).parents[1] / "recipes" / f"{name}.toml").read_text())
+
+
+def test_the_authors_procedure(folder: Path) -> None:
+    study(compat(folder), folder / "out")
+    found = cells(folder / "out")
+    table = (folder / "out/all_runs.csv").read_text().splitlines()
+    columns = (
+        "model,context_set_id,dataset,context_size,accuracy_teacher,accuracy_indomain,accuracy_ood,"
+        "trainable_parameters,all_parameters"
+    )
+    assert table[0] == columns and len(table) == 3
+    for line, (name, cell) in zip(table[1:], sorted(found.items()), strict=True):
+        values = dict(zip(columns.split(","), line.split(","), strict=True))
+        scores = tiny.read_jsonl(folder / "out/cells" / name / "scores.jsonl")
+        inside = [s["exact"] for s in scores if s["set"] == "updown"]
+        assert float(values["accuracy_indomain"]) == sum(inside) / 8  # exact match of the greedy token
+        assert float(values["accuracy_teacher"]) * 32 == round(float(values["accuracy_teacher"]) * 32)
+        assert (
+            int(values["trainable_parameters"]) == 2 * 2 * 16 * 32 * 3
+        )  # q_proj and v_proj, A and B, rank, width, layers
+        steps = [m for m in tiny.read_jsonl(folder / "out/cells" / name / "metrics.jsonl") if m["event"] == "step"]
+        assert len(steps) == 2 * 32 and cell["training"]["steps"] == 64  # a step after every example
+        assert {m["lr"] for m in steps[:32]} == {1e-5}  # int(0.1 * 2) = 0 epochs of warm-up
+    draws = json.loads((folder / "out/draws/updown-n4-set0.json").read_text())
+    assert draws["contexts"] == [sorted(draws["contexts"][0])] and len(draws["queries"]) == 32
+    assert draws["evaluation"]["updown"] == list(range(8))  # the first rows
+
+
+def test_students_are_measured_with_dropout_in_the_authors_procedure_only(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((folder / "opt/config.json").read_text())
+    (folder / "opt/config.json").write_text(json.dumps(config | {"dropout": 0.5}))
+    seen: list[Any] = []
+    plain = cells_module.student_scores
+
+    def watched(bench: Any, arm: Any, rows: Any, where: str) -> Any:
+        asked = bench.prompter(NOTHING, where=where)
+        prompts = [p.student for p in bench.pairs(asked, rows)]
+        seen.append([bench.scores(asked, prompts, bench.lm).logprobs for _ in range(2)])
+        return plain(bench, arm, rows, where)
+
+    monkeypatch.setattr(cells_module, "student_scores", watched)
+    for name, dropout in (("noisy", True), ("calm", False)):
+        seen.clear()
+        study(compat(folder, grid={"sets": [0]}, eval={"dropout": dropout}), folder / name)
+        assert len(seen) == 2 and all(bool((one == two).all()) is not dropout for one, two in seen)
+
+
+def test_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (
+        '[model]\nnames = ["opt"]\n[tasks]\nnames = ["updown"]\nroot = "."\n'
+        '[grid]\ndemos = [2]\nsets = [0]\narms = ["zero_shot", "in_context"]\n[eval]\nlatency_rows = 0\n'
+    )
+    (folder / "s.toml").write_text(text)
+    assert cli.main(["study", str(folder / "s.toml"), "grid.queries=4", "--out", str(folder / "out"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["report"] == str(folder / "out/report.html")
+    assert "2 cells" in captured.err
+    (folder / "out/report.html").unlink()
+    assert cli.main(["report", str(folder / "out")]) == 0 and (folder / "out/report.html").is_file()
+    capsys.readouterr()
+    assert cli.main(["study", "--tasks", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert "hans" in listed["tasks"]["mnli"]["ood"] and "cd_many" in listed["arms"] and len(listed["controls"]) == 3
+    assert cli.main(["study", "--tasks"]) == 0 and "shuffled_labels" in capsys.readouterr().out
+    assert cli.main(["study"]) == 2 and "--tasks" in capsys.readouterr().err
+    assert cli.main(["study", str(folder / "nothing.toml")]) == 2
+    assert study_report.write_report(folder / "out").name == "report.html"
