@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from ctxdistill import losses
-from ctxdistill.cells import NOTHING, Bench, Reading, examples, judge, run_cell, teach
+from ctxdistill.cells import NOTHING, Bench, examples, judge, run_cell, teach
 from ctxdistill.draws import Draw
 from ctxdistill.errors import DataError, FitError
 from ctxdistill.grid import ARMS, Arm, Study
@@ -127,8 +127,9 @@ def test_calibration_divides_by_the_prior_and_keeps_the_mass(bench: Bench) -> No
     expected = shares / shares.mean(0)
     expected = expected / expected.sum(1, keepdim=True) * p.sum(1, keepdim=True)
     assert torch.allclose(reading.answers.exp(), expected, rtol=1e-4)
-    first = reading.first(bench.lm).exp()  # [N, V]
-    plain = Reading(reading.prompter, reading.prompts, reading.scores, None).first(bench.lm).exp()
+    with torch.no_grad():
+        raw = bench.lm.head(reading.scores.first).log_softmax(-1)  # [N, V]
+    plain, first = raw.exp(), torch.stack([reading.calibrated(row) for row in raw]).exp()
     ids = [label[0] for label in reading.prompter.labels.values()]
     others = [i for i in range(plain.shape[1]) if i not in ids]
     assert torch.equal(first[:, others], plain[:, others])

@@ -20,7 +20,7 @@ from ctxdistill import cli, display
 from ctxdistill.errors import GateError
 from ctxdistill.recipe import Recipe
 
-COMMANDS = ("demo", "init", "gate", "show", "distill", "evaluate", "try", "report")
+COMMANDS = ("demo", "init", "gate", "show", "distill", "evaluate", "try", "study", "report")
 HOSTILE = "[red]x[/red] [/nope] \x1b[2J\x1b]0;owned\x07 \u202egnp\u202c \x9b31m {query} end"
 
 GATE = {
@@ -249,7 +249,9 @@ def test_the_commands_are_these() -> None:
     assert tuple(typer.main.get_command(cli.app).commands) == COMMANDS  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("line", [["--help"], ["distill", "--help"], ["show", "run"], ["init", "new.toml"]])
+@pytest.mark.parametrize(
+    "line", [["--help"], ["distill", "--help"], ["show", "run"], ["init", "new.toml"], ["study", "--tasks"]]
+)
 def test_no_torch_where_none_is_needed(line: list[str], tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     code = (

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, OPTConfig
 
 import tiny
 from ctxdistill.errors import FitError, ModelError
@@ -193,3 +194,30 @@ def test_gguf_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.info["parameters"] == 134_515_008 and first.window == 8192
     monkeypatch.setattr("ctxdistill.weights.AutoModelForCausalLM.from_config", None)  # a second conversion would fail
     assert LM.load(section).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("width", "embedding", "layers", "trainable", "total"),
+    [
+        (768, 768, 12, 589_824, 125_829_120),
+        (1024, 512, 24, 1_572_864, 332_769_280),
+        (2048, 2048, 24, 3_145_728, 1_318_903_808),
+        (2560, 2560, 32, 5_242_880, 2_656_839_680),
+    ],
+)
+def test_adapters_of_the_four_published_shapes_have_the_published_sizes(
+    width: int, embedding: int, layers: int, trainable: int, total: int
+) -> None:
+    """The paper's own counts: rank 16 on q_proj and v_proj, beside the weights of OPT 125m, 350m, 1.3b and 2.7b."""
+    config = OPTConfig(
+        hidden_size=width, word_embed_proj_dim=embedding, num_hidden_layers=layers, ffn_dim=4 * width,
+        num_attention_heads=32, vocab_size=50272, max_position_embeddings=2048, do_layer_norm_before=embedding == width,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    lm = LM(model.requires_grad_(False), None, torch.device("meta"), {"revision": None, "architecture": "OPT"})
+    before = sum(p.numel() for p in lm.model.parameters())
+    with torch.device("meta"):
+        lm.add_adapter(LoraSection(rank=16, alpha=32, dropout=0.05, targets=["q_proj", "v_proj"]), 0)
+    added = sum(p.numel() for p in lm.trainable().values())
+    assert (added, before + added) == (trainable, total)

@@ -335,3 +335,21 @@ def test_seed_decides_the_adapter(llama: Path) -> None:
         return next(iter(lm.trainable().values())).detach()
 
     assert torch.equal(fresh(1), fresh(1)) and not torch.equal(fresh(1), fresh(2))
+
+
+def test_the_schedule_of_the_authors_code() -> None:
+    """20 epochs of 32 steps: nothing in the first epoch, half in the second, then all."""
+    section = TrainSection(epochs=20, lr=1e-5, warmup=0.1, schedule="paper")
+    rates = [learning_rate(step, 640, section) for step in range(640)]
+    assert rates == [0.0] * 32 + [5e-6] * 32 + [1e-5] * 576
+
+
+def test_a_constant_schedule_stays_after_the_warm_up() -> None:
+    section = TrainSection(lr=1.0, warmup=0.2, schedule="constant")
+    assert [learning_rate(step, 10, section) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    assert learning_rate(9, 10, section) == 1.0
+
+
+def test_rows_in_their_own_order() -> None:
+    assert order(5, epoch=3, seed=1, shuffle=False) == [0, 1, 2, 3, 4]
+    assert sorted(order(5, epoch=3, seed=1)) == [0, 1, 2, 3, 4]

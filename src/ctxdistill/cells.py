@@ -185,20 +185,19 @@ class Reading:
             return given
         return (given - self.prior).log_softmax(1) + given.logsumexp(1, keepdim=True)
 
-    def first(self, lm: LM) -> torch.Tensor:
-        """Log-probabilities at the first answer position, [N, V]."""
-        logprobs = lm.head(self.scores.first.to(lm.device)).log_softmax(-1).cpu()  # [N, V]
-        if self.prior is not None:
-            ids = torch.tensor([label[0] for label in self.prompter.labels.values()])  # [L]
-            if len(set(ids.tolist())) < len(ids):
-                raise DataError(
-                    "label words share their first token, so that a calibrated teacher cannot be taught",
-                    expected="label words that differ in the first token",
-                    fix="leave the calibrated arms out for this task",
-                )
-            mass = logprobs[:, ids].logsumexp(1, keepdim=True)  # [N, 1]
-            logprobs[:, ids] = (logprobs[:, ids].log_softmax(1) - self.prior).log_softmax(1) + mass
-        return logprobs
+    def calibrated(self, logprobs: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities at the first answer position, [V], with the labels' shares calibrated if asked for."""
+        if self.prior is None:
+            return logprobs
+        ids = torch.tensor([label[0] for label in self.prompter.labels.values()])  # [L]
+        if len(set(ids.tolist())) < len(ids):
+            raise DataError(
+                "label words share their first token, so that a calibrated teacher cannot be taught",
+                expected="label words that differ in the first token",
+                fix="leave the calibrated arms out for this task",
+            )
+        shares = (logprobs[ids].log_softmax(0) - self.prior).log_softmax(0)  # [L]
+        return logprobs.index_copy(0, ids, shares + logprobs[ids].logsumexp(0))
 
 
 # -- targets ----------------------------------------------------------------------------------------------------------
@@ -216,16 +215,16 @@ def teach(readings: Sequence[Reading], lm: LM, *, soft: bool, batch_size: int) -
     if not soft:
         size = lm.model.get_output_embeddings().weight.shape[0]
         return [point_mass(labels[i], size) for i in chosen]
-    firsts = [r.first(lm) for r in readings]  # K of [N, V]
-    later = [
-        later_positions(r, lm, [labels[i] for i in chosen], batch_size) for r in readings
-    ]  # K of {row: [T - 1, V]}
+    later = [later_positions(r, lm, [labels[i] for i in chosen], batch_size) for r in readings]
     targets = []
-    for n, choice in enumerate(chosen):
+    for n, choice in enumerate(chosen):  # one query at a time: K T V numbers in memory
         ids = labels[choice]
-        each = torch.stack(
-            [torch.cat([f[n][None], *([rest[n]] if n in rest else [])]) for f, rest in zip(firsts, later, strict=True)]
-        )  # [K, T, V]
+        hidden = torch.stack(
+            [torch.cat([r.scores.first[n][None], rest[n]]) for r, rest in zip(readings, later, strict=True)]
+        )  # [K, T, d]
+        with torch.no_grad():
+            each = lm.head(hidden.to(lm.device)).log_softmax(-1).cpu()  # [K, T, V]
+        each[:, 0] = torch.stack([r.calibrated(first) for r, first in zip(readings, each[:, 0], strict=True)])
         said = each[:, range(len(ids)), ids]  # [K, T]
         before = torch.cat([torch.zeros(k, 1), said.cumsum(1)[:, :-1]], 1)  # [K, T]: log p(the answer so far | context)
         mixed = (each + before.log_softmax(0)[:, :, None]).logsumexp(0)  # [T, V]
@@ -235,16 +234,17 @@ def teach(readings: Sequence[Reading], lm: LM, *, soft: bool, batch_size: int) -
 
 def later_positions(
     reading: Reading, lm: LM, answers: Sequence[tuple[int, ...]], batch_size: int
-) -> dict[int, torch.Tensor]:
-    """Log-probabilities after the first token of each answer that has more than one: row -> [T - 1, V]."""
+) -> list[torch.Tensor]:
+    """Final hidden states after the first token of each answer: N of [T - 1, d], empty for answers of one token."""
+    found = [reading.scores.first[:0]] * len(answers)
     rows = [n for n, ids in enumerate(answers) if len(ids) > 1]
-    found: dict[int, torch.Tensor] = {}
     with torch.no_grad(), lm.adapter(False):
         prefix = lm.prefix(reading.prompts) if rows else None
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]
             hidden = lm.hidden([join(reading.prompts[n], answers[n]) for n in some], prefix)
-            found |= {n: lm.head(h[1:]).log_softmax(-1).cpu() for n, h in zip(some, hidden, strict=True)}
+            for n, h in zip(some, hidden, strict=True):
+                found[n] = h[1:].cpu()
     return found
 
 
@@ -292,20 +292,24 @@ def judge(bench: Bench, rows: Sequence[Row], readings: Sequence[Reading], lm: LM
     words = bench.pattern.words
     names, labels = list(words), [readings[0].prompter.labels[word] for word in words.values()]
     predicted = average([r.answers for r in readings]).argmax(1).tolist()
-    if lm.classes is not None:
-        greedy = [labels[i][0] for i in predicted]  # there is no vocabulary to be greedy over
-    else:
-        with torch.no_grad():
-            logprobs = [lm.head(r.scores.first.to(lm.device)).log_softmax(-1).cpu() for r in readings]
-        greedy = average(logprobs).argmax(1).tolist()
+    greedy: Sequence[int | None] = [None] * len(rows)  # a classification head has no vocabulary to be greedy over
+    if lm.classes is None:
+        greedy = [token for some in torch.split(torch.arange(len(rows)), 64) for token in most_probable(readings, lm, some)]
     return [
         {
             "row": row.id, "label": row.fields["label"], "prediction": names[i],
             "correct": float(names[i] == row.fields["label"]),
-            "exact": float(token == labels[names.index(row.fields["label"])][0]),
+            "exact": None if token is None else float(token == labels[names.index(row.fields["label"])][0]),
         }
         for row, i, token in zip(rows, predicted, greedy, strict=True)
     ]  # fmt: skip
+
+
+@torch.no_grad()
+def most_probable(readings: Sequence[Reading], lm: LM, rows: torch.Tensor) -> list[int]:
+    """The token that the mixture of the readings finds most probable after the prompt of each of `rows`."""
+    logprobs = [lm.head(r.scores.first[rows].to(lm.device)).log_softmax(-1).cpu() for r in readings]  # K of [rows, V]
+    return average(logprobs).argmax(1).tolist()
 
 
 def run_cell(
