@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from ctxdistill import losses
-from ctxdistill.cells import NOTHING, Bench, examples, judge, run_cell, teach
+from ctxdistill.cells import NOTHING, Bench, examples, focused, judge, run_cell, teach
 from ctxdistill.draws import Draw
 from ctxdistill.errors import DataError, FitError
 from ctxdistill.grid import ARMS, Arm, Study
@@ -100,6 +100,19 @@ def test_targets_are_the_mixture_of_the_contexts(bench: Bench, arm: str) -> None
             joint = torch.stack([p[t].exp() for p in said[best]]) * before[:, None]  # [K, V]
             expected = joint.mean(0) / before.mean()
             assert torch.allclose(target.tensors["logprobs"][t].exp(), expected, atol=2e-5)
+
+
+def test_the_weight_of_the_label_words() -> None:
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    shares = torch.tensor([0.2, 0, 0, 0.8])
+    for weight, expected in ((0.0, p), (1.0, shares), (0.25, 0.75 * p + 0.25 * shares)):
+        assert torch.allclose(focused(p.log(), [0, 3, 3], weight).exp(), expected)
+    student = torch.randn(4, requires_grad=True)
+    both, plain, labels = (
+        torch.autograd.grad(losses.divergence("forward_kl", target[None], student[None]).sum(), student)[0]
+        for target in (focused(p.log(), [0, 3], 0.25), p.log(), focused(p.log(), [0, 3], 1.0))
+    )
+    assert torch.allclose(both, 0.75 * plain + 0.25 * labels, atol=1e-6)
 
 
 def test_a_hard_target_is_the_preferred_label(bench: Bench) -> None:
@@ -226,7 +239,7 @@ def test_a_cell_leaves_the_model_as_it_was(lm: LM, tmp_path: Path, name: str) ->
 
 def test_distillation_brings_the_student_to_its_teacher(lm: LM, tmp_path: Path) -> None:
     bench = make_bench(lm)
-    arm = Arm(context="many", train={"epochs": 60, "lr": 0.02}, lora={"rank": 8})
+    arm = Arm(context="many", label_weight=0.0, train={"epochs": 60, "lr": 0.02}, lora={"rank": 8})
     record, _ = run_cell(bench, arm, RunDir(tmp_path))
     assert record["training"]["loss_last"] < 0.1 * record["training"]["loss_first"]
 
@@ -237,3 +250,35 @@ def test_a_context_that_does_not_fit_is_said_before_anything_is_done(tmp_path: P
     with pytest.raises(FitError, match="does not fit"):
         run_cell(bench, ARMS["in_context"], RunDir(tmp_path / "run"))
     run_cell(bench, ARMS["zero_shot"], RunDir(tmp_path / "run"))
+
+
+def test_beyond_the_window(tmp_path: Path) -> None:
+    """Demonstrations that together fill the window many times over: the student comes closer to what they say together
+    than the single contexts, all of which fit, do on average. (On a random model there is no truth to be closer to.)"""
+    folder = tiny.save(tmp_path / "model", "llama", chat=False, seed=3)
+    lm = LM.load(ModelSection(name=str(folder), window=128))
+    bench = make_bench(lm, contexts=16, queries=48)
+    rows = [row(i, list(WORDS)[i % 3]) for i in range(112)]
+    contexts = tuple(tuple(rows[4 * k : 4 * k + 4]) for k in range(16))
+    bench.draw = Draw(contexts, tuple(rows[64:]))
+    assert sum(len(lm.tokenizer(prompt_text(c, rows[0]))["input_ids"]) for c in contexts) > 5 * lm.window
+    arm = Arm(context="many", label_weight=0.0, train={"epochs": 60, "lr": 0.01}, lora={"rank": 16})
+    made, _, _ = examples(bench, arm)
+    together = [e.target.tensors["logprobs"][0] for e in made]  # the average at the first position, V each
+    readings = bench.readings(arm, rows[64:], "queries")
+
+    def distance(logprobs: torch.Tensor) -> float:
+        return losses.divergence("forward_kl", torch.stack(together), logprobs).mean().item()
+
+    single = [distance(lm.head(r.scores.first).log_softmax(-1)) for r in readings]
+    found: list[float] = []
+
+    def look(lm: LM) -> dict[str, Any]:
+        hidden = torch.cat(lm.hidden([([*e.prompt, 5], 1) for e in made]))  # [N, d]
+        found.append(distance(lm.head(hidden).log_softmax(-1)))
+        return {}
+
+    bench.after_training = look
+    record, _ = run_cell(bench, arm, RunDir(tmp_path / "run"))
+    assert record["cost"]["labelled"] == 64
+    assert found[0] < sum(single) / len(single)

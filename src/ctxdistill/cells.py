@@ -186,7 +186,8 @@ class Reading:
         return (given - self.prior).log_softmax(1) + given.logsumexp(1, keepdim=True)
 
     def calibrated(self, logprobs: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities at the first answer position, [V], with the labels' shares calibrated if asked for."""
+        """Log-probabilities at the first answer position, [V], with the labels' shares calibrated if asked for (exact
+        for labels of one token, as calibration is of whole labels)."""
         if self.prior is None:
             return logprobs
         ids = torch.tensor([label[0] for label in self.prompter.labels.values()])  # [L]
@@ -203,8 +204,13 @@ class Reading:
 # -- targets ----------------------------------------------------------------------------------------------------------
 
 
-def teach(readings: Sequence[Reading], lm: LM, *, soft: bool, batch_size: int) -> list[Target]:
+def teach(
+    readings: Sequence[Reading], lm: LM, *, soft: bool, batch_size: int, label_weight: float = 0.0
+) -> list[Target]:
     """The teacher's targets on N queries, averaged over K contexts: the mixture of its distributions.
+
+    `label_weight` is the part of the first position's target in which the label words share all probability: the loss is
+    then (1 - w) KL over the vocabulary + w cross-entropy with the labels' shares.
 
     The answer that is taught is the label that the mixture prefers. At a later position of that label each context counts
     by how probable it found the label so far, which is what the mixture's own conditional distribution is.
@@ -228,8 +234,19 @@ def teach(readings: Sequence[Reading], lm: LM, *, soft: bool, batch_size: int) -
         said = each[:, range(len(ids)), ids]  # [K, T]
         before = torch.cat([torch.zeros(k, 1), said.cumsum(1)[:, :-1]], 1)  # [K, T]: log p(the answer so far | context)
         mixed = (each + before.log_softmax(0)[:, :, None]).logsumexp(0)  # [T, V]
+        mixed[0] = focused(mixed[0], [label[0] for label in labels], label_weight)
         targets.append(Target("", ids, {"logprobs": mixed}))
     return targets
+
+
+def focused(logprobs: torch.Tensor, tokens: Sequence[int], weight: float) -> torch.Tensor:
+    """`weight` parts of the distribution [V] restricted to `tokens`, and the rest of it as it is; log-probabilities."""
+    if weight == 0:
+        return logprobs
+    ids = torch.tensor(sorted(set(tokens)))
+    restricted = torch.full_like(logprobs, -torch.inf).index_copy(0, ids, logprobs[ids].log_softmax(0))
+    whole = torch.tensor(weight)
+    return torch.logaddexp(logprobs + torch.log1p(-whole), restricted + whole.log())
 
 
 def later_positions(
@@ -273,7 +290,13 @@ def examples(bench: Bench, arm: Arm) -> tuple[list[Example], Prompter, float | N
     queries = bench.queries(arm)
     readings = bench.readings(arm, queries, "queries")
     lm = bench.lm if arm.teacher == "self" else bench.bigger
-    targets = teach(readings, lm, soft=arm.targets == "teacher", batch_size=bench.study.eval.batch_size)
+    targets = teach(
+        readings,
+        lm,
+        soft=arm.targets == "teacher",
+        batch_size=bench.study.eval.batch_size,
+        label_weight=bench.study.weight(arm),
+    )
     found = [Example(p.id, p.student, t) for p, t in zip(bench.pairs(prompter, queries), targets, strict=True)]
     if arm.demos_weight:
         found += true * max(1, round(arm.demos_weight * len(found) / len(true)))
@@ -294,7 +317,9 @@ def judge(bench: Bench, rows: Sequence[Row], readings: Sequence[Reading], lm: LM
     predicted = average([r.answers for r in readings]).argmax(1).tolist()
     greedy: Sequence[int | None] = [None] * len(rows)  # a classification head has no vocabulary to be greedy over
     if lm.classes is None:
-        greedy = [token for some in torch.split(torch.arange(len(rows)), 64) for token in most_probable(readings, lm, some)]
+        greedy = [
+            token for some in torch.split(torch.arange(len(rows)), 64) for token in most_probable(readings, lm, some)
+        ]
     return [
         {
             "row": row.id, "label": row.fields["label"], "prediction": names[i],

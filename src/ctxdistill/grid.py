@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from ctxdistill.errors import RecipeError, several
 from ctxdistill.recipe import (
     AtLeastZero,
+    Fraction,
     LoraSection,
     NotNegative,
     Positive,
@@ -68,6 +69,8 @@ class Arm(Section):
     demos_weight: AtLeastZero = 0.0
     """Distillation with this many parts of cross-entropy on the demonstrations' true labels for one part of queries: the
     demonstrations are repeated among the queries until their share is that large."""
+    label_weight: Fraction | None = None
+    """In place of the study's `label_weight`."""
     student_demos: NotNegative = 0
     """The student keeps the last so many demonstrations in its prompt."""
     teacher: Literal["self", "bigger"] = "self"
@@ -265,6 +268,9 @@ class Study(Section):
     """Training of the arms with true labels."""
     full_lr: AtLeastZero = 1e-5
     """Learning rate where all weights are trained."""
+    label_weight: Fraction = 1.0
+    """Weight of the label words in what a teacher teaches: with 1 they share all probability of the target, with 0 it is the
+    teacher's distribution over the whole vocabulary, most of whose divergence is form and not which label it is."""
     lora: LoraSection = LoraSection()
     eval: MeasureSection = MeasureSection()
     retention: RetentionSection = RetentionSection()
@@ -374,6 +380,10 @@ class Study(Section):
         lr = {"lr": self.full_lr} if arm.trains in ("full", "head") else {}
         return TrainSection.model_validate({**base.model_dump(), **lr, **arm.train, "seed": base.seed + seed})
 
+    def weight(self, arm: Arm) -> float:
+        """The weight of the label words in the targets of an arm."""
+        return self.label_weight if arm.label_weight is None else arm.label_weight
+
     def adapter(self, arm: Arm) -> LoraSection:
         """The adapter of an arm."""
         return LoraSection.model_validate({**self.lora.model_dump(), **arm.lora})
@@ -434,5 +444,9 @@ def cell_key(study: Study, cell: Cell) -> str:
     arm = study.arm(cell.arm)
     grid = {key: values["grid"][key] for key in ("contexts", "queries", "draw")}
     training = study.training(arm, cell.set or 0).model_dump() if arm.trains != "nothing" else None
+    if arm.trains != "nothing" and arm.targets == "teacher":
+        training = {**(training or {}), "label_weight": study.weight(arm)}
     task = {key: values["tasks"][key] for key in ("pattern", "ood")} | {"version": TASKS[cell.task].version}
-    return fingerprint([shared, arm.model_dump(exclude={"label", "about"}), grid, training, task, cell.id])
+    return fingerprint(
+        [shared, arm.model_dump(exclude={"label", "about", "label_weight"}), grid, training, task, cell.id]
+    )
