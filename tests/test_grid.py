@@ -75,6 +75,8 @@ def test_a_table_changes_single_values_of_the_default() -> None:
     [
         ({"tasks": {"names": ["mnly"]}}, "unknown task 'mnly'; did you mean 'mnli'?"),
         ({"tasks": {"names": ["mnli"], "pattern": "papr"}}, "did you mean 'paper'?"),
+        ({"tasks": {"names": ["mnli"], "ood": ["hanz"]}}, "did you mean 'hans'?"),
+        ({"model": {"names": ["a/x", "b/x"]}}, "must differ, found x, x"),
         ({"grid": {"arms": ["cd_on"]}}, "unknown arm 'cd_on'; did you mean 'cd_one'?"),
         ({"grid": {"arms": ["cd_one+shuffeled_labels"]}}, "did you mean 'shuffled_labels'?"),
         ({"grid": {"arms": ["ft_lora+shuffled_labels"]}}, "belongs to an arm that learns from a teacher"),

@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ctxdistill.errors import RecipeError, several
 from ctxdistill.recipe import (
+    AboveZero,
     AtLeastZero,
     Fraction,
     LoraSection,
@@ -198,7 +199,8 @@ class TasksSection(Section):
     root: str | None = None
     """A folder with the data sets (relative to the study file; layout in docs/studies.md). Unset: from the hub."""
     pattern: str | None = None
-    """The prompt pattern, such as `paper`, `minimal`, `gpt-3`, `eval-harness`. Unset: each task's default."""
+    """The prompt pattern, such as `paper`, `minimal`, `gpt-3`, `eval-harness`. Unset, and for tasks that do not have it:
+    the task's default."""
     ood: list[str] | None = None
     """Names of the out-of-domain sets to measure. Unset: each task's default ones; []: none."""
 
@@ -266,7 +268,7 @@ class Study(Section):
     """Training of the distilled arms; keys as in a recipe's `train`."""
     finetune: TrainSection = TrainSection(epochs=20, lr=5e-4, batch_size=8, validation=0.0, checkpoint_every=0)
     """Training of the arms with true labels."""
-    full_lr: AtLeastZero = 1e-5
+    full_lr: AboveZero = 1e-5
     """Learning rate where all weights are trained."""
     label_weight: Fraction = 1.0
     """Weight of the label words in what a teacher teaches: with 1 they share all probability of the target, with 0 it is the
@@ -323,6 +325,15 @@ class Study(Section):
             problems.append(
                 f"tasks.pattern: no task here has the pattern {self.tasks.pattern!r}{nearest(self.tasks.pattern, known)}"
             )
+        sets = {o for task in self.tasks.names if task in TASKS for o in (*TASKS[task].ood, *TASKS[task].extra_ood)}
+        problems += [
+            f"tasks.ood: no task here has the set {name!r}{nearest(name, sets)}"
+            for name in self.tasks.ood or []
+            if name not in sets
+        ]
+        labels = [model_label(name) for name in self.model.names]
+        if len(set(labels)) != len(labels):
+            problems.append(f"model.names: the last parts name the cells and must differ, found {', '.join(labels)}")
         arms = {}
         for name in self.grid.arms:
             try:

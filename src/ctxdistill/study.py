@@ -180,7 +180,12 @@ class Runner:
             self.bench = None  # it holds the model that has to go
             m = self.grid.model
             section = ModelSection(name=name, dtype=m.dtype, device=m.device, window=m.window)
-            self.models[name] = LM.load(section, self.grid.base_dir, dropout=m.dropout)
+            lm = self.models[name] = LM.load(section, self.grid.base_dir, dropout=m.dropout)
+            count, size = lm.info["parameters"], next(lm.model.parameters()).element_size()
+            log.info(
+                "%s on %s: %.0f million parameters, %.1f GB; arms that train all weights take about %.1f GB",
+                model_label(name), lm.device, count / 1e6, count * size / 1e9, 5 * count * size / 1e9,
+            )  # fmt: skip
         return self.models[name]
 
 
