@@ -175,7 +175,7 @@ def test_controls_a_bigger_teacher_and_retention(folder: Path, monkeypatch: pyte
     ]
     made = grid(
         folder, model={"teacher": "big"}, tasks={"names": ["updown", "other"]},
-        grid={"demos": [4], "sets": [0], "arms": arms}, retention={"texts": 2},
+        grid={"demos": [4], "sets": [0], "arms": arms}, retention={"texts": 2}, label_weight=0.0,
     )  # fmt: skip
     study(made, folder / "out")
     found = cells(folder / "out")
