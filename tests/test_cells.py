@@ -282,3 +282,29 @@ def test_beyond_the_window(tmp_path: Path) -> None:
     record, _ = run_cell(bench, arm, RunDir(tmp_path / "run"))
     assert record["cost"]["labelled"] == 64
     assert found[0] < sum(single) / len(single)
+
+
+def test_nothing_is_read_twice(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    plain = Bench.scores
+    monkeypatch.setattr(Bench, "scores", lambda self, *a: asked.append(len(a[1])) or plain(self, *a))
+    rows = bench.draw.queries
+    (first,) = bench.readings(Arm(), rows, "queries")
+    assert asked == [6]
+    (calibrated,) = bench.readings(Arm(calibration="queries"), rows, "queries")
+    assert asked == [6] and calibrated.scores is first.scores
+    bench.readings(Arm(context="many", calibration="queries"), rows, "queries")
+    assert asked == [6, 6, 6]  # the two other contexts
+    (fewer,) = bench.readings(Arm(calibration="queries", queries=3), bench.evaluation["trec"], "trec")
+    (more,) = bench.readings(Arm(calibration="queries"), bench.evaluation["trec"], "trec")
+    assert fewer.scores is more.scores and not torch.equal(fewer.prior, more.prior)
+
+
+def test_gradient_checkpointing_is_left_with_the_cell(lm: LM, tmp_path: Path) -> None:
+    losses_seen = []
+    for train in ({}, {"gradient_checkpointing": True}):
+        record, _ = run_cell(make_bench(lm), Arm(train=train), RunDir(tmp_path / str(len(losses_seen))))
+        losses_seen.append(record["training"])
+        assert not lm.model.is_activation_checkpointing
+        assert not lm.model.get_input_embeddings()._forward_hooks
+    assert losses_seen[0]["loss_last"] == pytest.approx(losses_seen[1]["loss_last"], rel=1e-4)

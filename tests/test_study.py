@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tiny
@@ -40,13 +41,14 @@ def task(name: str, start: int, ood: str = "") -> Task:
     )
     return Task(
         name, 1, name.title(), LABELS, source("train", start, 60), source("eval", start + 60, 12),
-        {ood: source("ood", start + 80, 10)} if ood else {}, {}, {"default": pattern},
+        {ood: source("ood", start + 80, 10)} if ood else {}, {}, {"default": pattern, "paper-compat": pattern},
     )  # fmt: skip
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(TASKS, "updown", task("updown", 0, "far"))
+    monkeypatch.setitem(TASKS, "gretel", task("gretel", 2000, "hans"))
     monkeypatch.setitem(TASKS, "other", task("other", 1000))
     tiny.save(tmp_path / "opt", "opt-350m", chat=False)
     (tmp_path / "x.txt").write_text("here\n")
@@ -207,9 +209,9 @@ def test_two_at_once_are_refused(folder: Path) -> None:
 
 
 def compat(folder: Path, **sections: Any) -> Study:
-    """The shipped study of the authors' procedure, on the tiny task."""
+    """The shipped study of the authors' procedure, on a tiny task whose out-of-domain rows are drawn as those of HANS."""
     raw = studies_file("paper-compat")
-    raw["model"]["names"], raw["tasks"] = ["opt"], {"names": ["updown"], "root": "."}
+    raw["model"]["names"], raw["tasks"] = ["opt"], {"names": ["gretel"], "root": "."}
     raw["grid"] |= {"demos": [4], "sets": [0, 1]}
     raw["eval"] |= {"latency_rows": 0, "rows": 8, "ood_rows": 5}
     raw["train"]["epochs"] = 2
@@ -225,7 +227,7 @@ def studies_file(name: str) -> dict[str, Any]:
 
 
 def test_the_authors_procedure(folder: Path) -> None:
-    study(compat(folder), folder / "out")
+    study(compat(folder, tasks={"pattern": "paper-compat"}), folder / "out")
     found = cells(folder / "out")
     table = (folder / "out/all_runs.csv").read_text().splitlines()
     columns = (
@@ -236,7 +238,7 @@ def test_the_authors_procedure(folder: Path) -> None:
     for line, (name, cell) in zip(table[1:], sorted(found.items()), strict=True):
         values = dict(zip(columns.split(","), line.split(","), strict=True))
         scores = tiny.read_jsonl(folder / "out/cells" / name / "scores.jsonl")
-        inside = [s["exact"] for s in scores if s["set"] == "updown"]
+        inside = [s["exact"] for s in scores if s["set"] == "gretel"]
         assert float(values["accuracy_indomain"]) == sum(inside) / 8  # exact match of the greedy token
         assert float(values["accuracy_teacher"]) * 32 == round(float(values["accuracy_teacher"]) * 32)
         assert (
@@ -245,9 +247,20 @@ def test_the_authors_procedure(folder: Path) -> None:
         steps = [m for m in tiny.read_jsonl(folder / "out/cells" / name / "metrics.jsonl") if m["event"] == "step"]
         assert len(steps) == 2 * 32 and cell["training"]["steps"] == 64  # a step after every example
         assert {m["lr"] for m in steps[:32]} == {1e-5}  # int(0.1 * 2) = 0 epochs of warm-up
-    draws = json.loads((folder / "out/draws/updown-n4-set0.json").read_text())
+    draws = json.loads((folder / "out/draws/gretel-n4-set0.json").read_text())
     assert draws["contexts"] == [sorted(draws["contexts"][0])] and len(draws["queries"]) == 32
-    assert draws["evaluation"]["updown"] == list(range(8))  # the first rows
+    assert draws["evaluation"]["gretel"] == list(range(8))  # the first rows
+    other = json.loads((folder / "out/draws/gretel-n4-set1.json").read_text())
+    for seed, drawn in ((0, draws), (1, other)):
+        assert drawn["evaluation"]["hans"] == np.random.default_rng(seed + 1).permutation(10)[:5].tolist()
+    means = {
+        row["set"]: row["mean"]
+        for row in json.loads((folder / "out/study.json").read_text())["table"]
+        if row["arm"] == "cd_one"
+    }
+    exact = [float(line.split(",")[5]) for line in table[1:]]
+    assert means["gretel"] == pytest.approx(sum(exact) / 2)  # the page counts by the authors' rule, too
+    assert "most probable next token" in (folder / "out/report.html").read_text()
 
 
 def test_students_are_measured_with_dropout_in_the_authors_procedure_only(

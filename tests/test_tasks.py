@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from ctxdistill.draws import held_out, without
-from ctxdistill.errors import DataError, RecipeError
+from ctxdistill.errors import DataError
 from ctxdistill.recipe import fields_of
 from ctxdistill.rows import Row
-from ctxdistill.tasks import TASKS, Source, Task, find, load, qqp, sms_spam
+from ctxdistill.tasks import TASKS, Source, Task, load, qqp, sms_spam
 from ctxdistill.tasks.source import Hub, Local, labelled
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -128,14 +128,6 @@ def test_words_of_many_labels() -> None:
     assert TASKS["clinc150"].patterns["default"].words["pto_request_status"] == "pto request status"
     assert TASKS["banking77"].patterns["default"].words["Refund_not_showing_up"] == "Refund not showing up"
     assert (len(TASKS["clinc150"].labels), len(TASKS["banking77"].labels)) == (150, 77)
-
-
-def test_find() -> None:
-    assert find("trec") is TASKS["trec"]
-    with pytest.raises(RecipeError, match="did you mean 'sms_spam'"):
-        find("smsspam")
-    with pytest.raises(RecipeError, match="one of mnli, rte"):
-        find("xyz")
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ def analyse(folder: str | Path, paper_csv: str | Path | None = None) -> Data:
         "name": study.recipe["name"],
         **{key: study.recipe.get(key) for key in ("created", "versions", "models", "tasks", "demos", "sets")},
         "arms": study.arms,
+        "main": study.recipe.get("main", "correct"),
         "rows": sum(len(scores.rows) for scores in study.reference.values()),
         "table": table,
         "comparisons": comparisons,
@@ -105,7 +106,8 @@ class Study:
     arms: list[Data]
     cells: dict[Key, dict[int | None, Data]] = field(default_factory=dict)
     scores: dict[Key, dict[int | None, dict[str, Scores]]] = field(default_factory=dict)
-    reference: dict[tuple[str, str], Scores] = field(default_factory=dict)
+    reference: dict[tuple[str, str, int | None], Scores] = field(default_factory=dict)
+    """By task, name of the rows, and demonstration set where the rows depend on it (the paper's way of choosing them)."""
     missing: list[Data] = field(default_factory=list)
 
     @classmethod
@@ -140,8 +142,8 @@ class Study:
         for line in lines:
             by_set.setdefault(line["set"], []).append(line)
         for name, part in by_set.items():
-            scores = _scores(part)
-            known = self.reference.setdefault((cell["task"], name), scores)
+            scores = _scores(part, self.recipe.get("main", "correct"))
+            known = self.reference.setdefault((cell["task"], name, cell.get("set") if self.rows_vary else None), scores)
             if (known.rows, known.labels) != (scores.rows, scores.labels):
                 raise RunError(
                     f"cell {cell['id']} was measured on other rows of {name} than the cells before it",
@@ -157,16 +159,19 @@ class Study:
         return named and (cell.get("set") is None or (cell["n"] in grid["demos"] and cell["set"] in grid["sets"]))
 
     def _add_constants(self) -> None:
-        for task in self.recipe["tasks"]:
-            for name in self.set_names(task["name"]):
-                rows = self.reference[task["name"], name]
-                given = ((task.get("constant") or {}).get(name) or {}).get("prediction")
-                answer = given if given is not None else constant_baseline(rows.labels)[0]
-                right = np.array([label == answer for label in rows.labels], dtype=np.float64)
-                scores = Scores(rows.rows, rows.labels, (answer,) * len(right), right, None)
-                for model in self.recipe["models"]:
-                    key = (model["name"], task["name"], 0, "constant")
-                    self.scores.setdefault(key, {}).setdefault(None, {})[name] = scores
+        given = {t["name"]: t.get("constant") or {} for t in self.recipe["tasks"]}
+        for (task, name, which), rows in self.reference.items():
+            said = (given.get(task, {}).get(name) or {}).get("prediction")
+            answer = said if said is not None else constant_baseline(rows.labels)[0]
+            right = np.array([label == answer for label in rows.labels], dtype=np.float64)
+            scores = Scores(rows.rows, rows.labels, (answer,) * len(right), right, None)
+            for model in self.recipe["models"]:
+                self.scores.setdefault((model["name"], task, 0, "constant"), {}).setdefault(which, {})[name] = scores
+
+    @property
+    def rows_vary(self) -> bool:
+        """Whether each demonstration set has evaluation rows of its own."""
+        return bool(((self.recipe.get("study") or {}).get("eval") or {}).get("choose") == "paper")
 
     def _find_holes(self) -> None:
         """Cells of the grid that nothing was written for yet."""
@@ -188,7 +193,7 @@ class Study:
 
     def set_names(self, task: str) -> list[str]:
         """The task's evaluation sets that were measured, in domain first."""
-        names = [name for of, name in self.reference if of == task]
+        names = list(dict.fromkeys(name for of, name, _ in self.reference if of == task))
         return sorted(names, key=lambda name: (self.domain(task, name) != "in", names.index(name)))
 
     def domain(self, task: str, name: str) -> Literal["in", "out"]:
@@ -229,13 +234,14 @@ class Study:
         return sets, [np.stack([by[None]] if None in by else [by[s] for s in sets]) for by in found]
 
 
-def _scores(lines: Sequence[Mapping[str, Any]]) -> Scores:
+def _scores(lines: Sequence[Mapping[str, Any]], main: str) -> Scores:
+    """`main`: what counts as right, `correct` or `exact` (which a classification head has not)."""
     exact = [line.get("exact") for line in lines]
     return Scores(
         tuple(str(line["row"]) for line in lines),
         tuple(str(line["label"]) for line in lines),
         tuple(str(line["prediction"]) for line in lines),
-        np.array([line["correct"] for line in lines], dtype=np.float64),
+        np.array([line["correct"] if None in exact else line[main] for line in lines], dtype=np.float64),
         None if None in exact else np.array(exact, dtype=np.float64),
     )
 

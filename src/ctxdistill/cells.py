@@ -40,6 +40,7 @@ NOTHING = Context(None, (), ())
 """No demonstrations."""
 SECTION = DataSection(data="queries.jsonl")
 Score = dict[str, Any]
+Prompts = list[tuple[int, ...]]
 
 
 @dataclass
@@ -60,26 +61,20 @@ class Bench:
     """Demonstrations of another task, one set for each context, for the control."""
     after_training: Callable[[LM], dict[str, Any]] | None = None
     """What else to measure on each trained arm."""
-    seen: dict[Any, Any] = field(default_factory=dict)
-    """What was computed already, by what it depends on."""
+    seen: dict[Any, tuple[Prompter, Prompts, LabelScores]] = field(default_factory=dict)
+    """What was read already, by what it depends on."""
 
     # -- prompts ------------------------------------------------------------------------------------------------------
 
     def prompter(self, context: Context, *, student_demos: int = 0, where: str = "", lm: LM | None = None) -> Prompter:
         """Prompts with `context`, as the evaluation set `where` is written."""
-        p = self.pattern
-        pattern = p.ood.get(where, p.pattern)
         raw = {
-            "model": {"name": self.study.model.names[0]},
-            "prompt": {
-                "style": "text", "pattern": pattern, "answer_pattern": p.answer_pattern, "separator": p.separator,
-                "instruction": p.instruction, "student_instruction": p.student_instruction,
-                "label_words": list(p.words.values()), "shared_first_token": "allow",
-            },
+            "model": {"name": self.lm.info["name"]},
+            "prompt": self.pattern.section(where).model_dump() | {"shared_first_token": "allow"},
             "context": {"demos": "demos.jsonl", "student_demos": student_demos},
             "queries": {"data": "queries.jsonl"},
             "completions": {"source": "label", "supervise_end": False},
-        }  # fmt: skip
+        }
         return Prompter(Recipe.from_dict(raw), (lm or self.lm).tokenizer, context)
 
     def contexts(self, arm: Arm) -> list[Context]:
@@ -127,20 +122,22 @@ class Bench:
     def readings(self, arm: Arm, rows: Sequence[Row], where: str) -> list[Reading]:
         """What the frozen model (or the bigger teacher) says on `rows` with each context of `arm`."""
         lm = self.lm if arm.teacher == "self" else self.bigger
-        made = []
-        for context in self.contexts(arm):
-            prompter = self.prompter(context, where=where, lm=lm)
-            key = (id(lm), where, len(rows), prompter.fingerprint, arm.calibration)
-            if key not in self.seen:
-                pairs = self.pairs(prompter, rows)
-                # without a context the teacher reads what the student reads
-                prompts = [p.student if context is NOTHING else p.teacher for p in pairs]
-                with lm.adapter(False):
-                    found = self.scores(prompter, prompts, lm)
-                    prior = self.prior(arm, prompter, context, lm)
-                self.seen[key] = Reading(prompter, prompts, found, prior)
-            made.append(self.seen[key])
-        return made
+        return [
+            Reading(*self.read(context, rows, where, lm), self.prior(arm, context, lm))
+            for context in self.contexts(arm)
+        ]
+
+    def read(self, context: Context, rows: Sequence[Row], where: str, lm: LM) -> tuple[Prompter, Prompts, LabelScores]:
+        """Prompts with `context` and their label scores, computed once for all arms: `where` and their number say which
+        rows they are, since fewer queries are the beginning of more."""
+        prompter = self.prompter(context, where=where, lm=lm)
+        key = (id(lm), where, len(rows), prompter.fingerprint)
+        if key not in self.seen:
+            # without a context the teacher reads what the student reads
+            prompts = [p.student if context is NOTHING else p.teacher for p in self.pairs(prompter, rows)]
+            with lm.adapter(False):
+                self.seen[key] = (prompter, prompts, self.scores(prompter, prompts, lm))
+        return self.seen[key]
 
     @property
     def bigger(self) -> LM:
@@ -148,7 +145,7 @@ class Bench:
             raise RuntimeError("no bigger teacher was loaded")  # a bug, not the user's
         return self.teacher
 
-    def prior(self, arm: Arm, prompter: Prompter, context: Context, lm: LM) -> torch.Tensor | None:
+    def prior(self, arm: Arm, context: Context, lm: LM) -> torch.Tensor | None:
         """The label distribution that the context alone suggests, as log-probabilities [L]: the mean over queries without
         content, or over the training queries."""
         if arm.calibration == "none":
@@ -157,14 +154,8 @@ class Bench:
         if arm.calibration == "content_free":
             fields = [dict.fromkeys(("text", "text1", "text2"), text) for text in CONTENT_FREE]
             rows = [Row(id="", fields=f, origin="a query without content") for f in fields]
-        key = ("prior", id(lm), len(rows), prompter.fingerprint, arm.calibration)
-        if key not in self.seen:
-            asked = self.prompter(context, lm=lm)  # as the training queries are written
-            found = self.scores(
-                asked, [p.student if context is NOTHING else p.teacher for p in self.pairs(asked, rows)], lm
-            )
-            self.seen[key] = average(list(found.logprobs.log_softmax(1)))
-        return torch.as_tensor(self.seen[key])
+        where = "queries" if arm.calibration == "queries" else "content-free"
+        return average(list(self.read(context, rows, where, lm)[2].logprobs.log_softmax(1)))
 
 
 @dataclass(frozen=True)
@@ -172,10 +163,10 @@ class Reading:
     """What a frozen model says on N rows with one context."""
 
     prompter: Prompter
-    prompts: list[tuple[int, ...]]
+    prompts: Prompts
     scores: LabelScores
     prior: torch.Tensor | None
-    """Label log-probabilities after content-free queries, [L], where the arm is calibrated."""
+    """The label log-probabilities to divide by, [L], where the arm is calibrated."""
 
     @property
     def answers(self) -> torch.Tensor:
@@ -209,8 +200,8 @@ def teach(
 ) -> list[Target]:
     """The teacher's targets on N queries, averaged over K contexts: the mixture of its distributions.
 
-    `label_weight` is the part of the first position's target in which the label words share all probability: the loss is
-    then (1 - w) KL over the vocabulary + w cross-entropy with the labels' shares.
+    `label_weight` is the part of the first position's target in which the label words share all probability: the gradient
+    is then (1 - w) times that of the KL over the vocabulary + w times that of the KL to the labels' shares.
 
     The answer that is taught is the label that the mixture prefers. At a later position of that label each context counts
     by how probable it found the label so far, which is what the mixture's own conditional distribution is.
@@ -351,7 +342,6 @@ def run_cell(
             for where, rows in bench.evaluation.items():
                 found = judge(bench, rows, bench.readings(arm, rows, where), bench.lm, each=arm.combine == "each")
                 scores += [{"set": where, **score} for score in found]
-                progress(where, len(scores), len(scores))
             record: dict[str, Any] = {"teacher": None, "training": None, "cost": prompt_cost(bench, arm)}
         else:
             record, scores = trained(bench, arm, run, progress)

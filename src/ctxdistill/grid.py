@@ -9,7 +9,6 @@ on what it is and not on what else the grid holds, so that a grown grid keeps it
 from __future__ import annotations
 
 import itertools
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,9 @@ from ctxdistill.recipe import (
     Positive,
     Section,
     TrainSection,
-    apply_overrides,
     nearest,
     problem_of,
+    read_toml,
 )
 from ctxdistill.rundir import fingerprint
 from ctxdistill.tasks import TASKS
@@ -241,8 +240,6 @@ class MeasureSection(Section):
     """Rows per forward pass."""
     latency_rows: NotNegative = 5
     """Rows on which the time of a single request is measured; 0 skips it."""
-    bootstrap: Annotated[int, Field(ge=100)] = 2000
-    """Resamples behind each 95 % interval."""
 
 
 class RetentionSection(Section):
@@ -286,20 +283,8 @@ class Study(Section):
 
         Raises: `RecipeError` that lists every problem at once.
         """
-        path = Path(path)
-        try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(
-                f"cannot read the study {path}: {error}", expected="a TOML file", fix="see docs/study.md"
-            ) from None
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(
-                f"{path} is not valid TOML: {error}", fix="strings need quotes; see docs/study.md"
-            ) from None
-        apply_overrides(raw, overrides)
-        raw.setdefault("name", path.stem)
-        return cls.from_dict(raw, path.resolve().parent)
+        raw = read_toml(path, overrides, start="copy one of recipes/, or see docs/study.md")
+        return cls.from_dict(raw, Path(path).resolve().parent)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], base_dir: str | Path = ".") -> Study:

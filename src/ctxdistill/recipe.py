@@ -286,26 +286,8 @@ class Recipe(Section):
 
         Raises: `RecipeError` that lists every problem at once.
         """
-        path = Path(path)
-        if path.is_dir():
-            raise RecipeError(f"{path} is a folder", expected="a recipe file (.toml)", fix="name the recipe itself")
-        try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RecipeError(
-                f"no recipe at {path}",
-                expected="a TOML file",
-                fix="write one to start from with: ctxdistill init my-recipe.toml",
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"cannot read {path}: {error}", expected="a readable UTF-8 text file") from None
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(
-                f"{path} is not valid TOML: {error}", fix="strings need quotes; see docs/recipe.md"
-            ) from None
-        apply_overrides(raw, overrides)
-        raw.setdefault("name", path.stem)
-        return cls.from_dict(raw, base_dir=path.resolve().parent)
+        raw = read_toml(path, overrides, start="write one to start from with: ctxdistill init my-recipe.toml")
+        return cls.from_dict(raw, base_dir=Path(path).resolve().parent)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], base_dir: str | Path = ".") -> Recipe:
@@ -453,6 +435,27 @@ def fields_of(pattern: str) -> set[str]:
             raise ValueError(f"{{{name}}} is not a plain column name in {pattern!r}")
         names.add(name)
     return names
+
+
+def read_toml(path: str | Path, overrides: Sequence[str], *, start: str) -> dict[str, Any]:
+    """The tables of a TOML file with `overrides` put in, and `name` from the file where it has none.
+
+    Raises: `RecipeError`; `start` says how to get a file where there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder", expected="a recipe file (.toml)", fix="name the recipe itself")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}", expected="a TOML file", fix=start) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read {path}: {error}", expected="a readable UTF-8 text file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}", fix="strings need quotes; see docs/recipe.md") from None
+    apply_overrides(raw, overrides)
+    raw.setdefault("name", path.stem)
+    return raw
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:

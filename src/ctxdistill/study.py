@@ -23,14 +23,14 @@ from typing import Any
 from ctxdistill import study_report
 from ctxdistill.cells import Bench, run_cell
 from ctxdistill.draws import Draw, draw, held_out, without
-from ctxdistill.errors import CtxDistillError, DataError, FitError, ModelError
+from ctxdistill.errors import CtxDistillError, FitError, ModelError
 from ctxdistill.grid import Arm, Cell, Study, cell_key, model_label
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection
 from ctxdistill.retention import Format, format_following, formats, perplexity, texts
 from ctxdistill.rows import Row
 from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress, write_atomic
-from ctxdistill.tasks import TASKS, Pattern, Source, Task, load
+from ctxdistill.tasks import TASKS, Pattern, Task, load
 
 log = logging.getLogger("ctxdistill")
 
@@ -44,8 +44,8 @@ class TaskRows:
     train: list[Row]
     dropped: int
     """Training rows whose text occurs among the evaluation rows, or occurred before."""
-    evaluation: dict[str, tuple[Source, list[Row]]]
-    """Set name -> its source and all its rows; the in-domain set first, under the task's name."""
+    evaluation: dict[str, list[Row]]
+    """Set name -> all its rows; the in-domain set first, under the task's name."""
 
 
 def study(
@@ -112,8 +112,8 @@ class Runner:
             arm = self.grid.arm(cell.arm)
             bench.after_training = self.retention.after(cell)
             found, scores = run_cell(bench, arm, run, self.progress)
-            if cell.n == 0 and self.grid.retention.texts:
-                found["retention"] = self.retention.measure(bench.lm, True)
+            if cell.arm == "zero_shot" and bench.after_training:
+                found["retention"] = bench.after_training(bench.lm)
             domains = {name: "in" if name == cell.task else "out" for name in bench.evaluation}
             record["sets"] = {
                 name: {"domain": domains[name], "rows": len(rows)} for name, rows in bench.evaluation.items()
@@ -138,9 +138,8 @@ class Runner:
     def make_bench(self, cell: Cell) -> Bench:
         grid, rows, seed = self.grid, self.tasks[cell.task], cell.set or 0
         drawn = draw_of(grid, rows, cell.n, seed) if cell.n else Draw((), ())
-        evaluation = {
-            name: measured(grid, name, source, found, seed) for name, (source, found) in rows.evaluation.items()
-        }
+        limits = {name: grid.eval.rows if name == cell.task else grid.eval.ood_rows for name in rows.evaluation}
+        evaluation = {name: measured(grid, name, found, limits[name], seed) for name, found in rows.evaluation.items()}
         if cell.n:
             self.dump(cell, drawn, evaluation)
         irrelevant = []
@@ -203,7 +202,7 @@ class Retention:
         """What to do after training the arm of `cell`."""
         if not self.texts and not self.formats:
             return None
-        slow = cell.set in self.grid.grid.sets[: self.grid.retention.sets]
+        slow = cell.set is None or cell.set in self.grid.grid.sets[: self.grid.retention.sets]
         return lambda lm: self.measure(lm, slow)
 
     def measure(self, lm: LM, slow: bool) -> dict[str, Any]:
@@ -226,13 +225,12 @@ def read_task(grid: Study, name: str) -> TaskRows:
     wanted = list(task.ood) if grid.tasks.ood is None else [o for o in grid.tasks.ood if o in known]
     pattern = task.patterns.get(grid.tasks.pattern or task.default_pattern) or task.patterns[task.default_pattern]
     sources = {name: task.evaluation, **{o: known[o] for o in wanted}}
-    evaluation = {where: (source, load(source, root)) for where, source in sources.items()}
+    evaluation = {where: load(source, root) for where, source in sources.items()}
     train = load(task.train, root)
     if grid.grid.draw == "paper":  # as it is, repeated rows and all
         return TaskRows(task, pattern, train, 0, evaluation)
-    for where, (source, rows) in evaluation.items():
-        evaluation[where] = (source, without(rows, ())[0])
-    kept, dropped = without(train, [row for _, rows in evaluation.values() for row in rows])
+    evaluation = {where: without(rows, ())[0] for where, rows in evaluation.items()}
+    kept, dropped = without(train, [row for rows in evaluation.values() for row in rows])
     return TaskRows(task, pattern, kept, dropped, evaluation)
 
 
@@ -244,9 +242,8 @@ def draw_of(grid: Study, rows: TaskRows, n: int, seed: int) -> Draw:
     return draw(rows.train, rows.task.labels, n=n, queries=queries, seed=seed, contexts=contexts, mode=grid.grid.draw)
 
 
-def measured(grid: Study, name: str, source: Source, rows: list[Row], seed: int) -> list[Row]:
+def measured(grid: Study, name: str, rows: list[Row], limit: int, seed: int) -> list[Row]:
     """The rows of an evaluation set that are measured: the same ones in all cells, unless the paper's way is asked for."""
-    limit = grid.eval.rows if name in TASKS else grid.eval.ood_rows
     if grid.eval.choose == "paper":
         return held_out(
             rows, limit=limit, seed=seed, mode="paper-shuffled" if name.startswith("hans") else "paper-first"
@@ -281,7 +278,7 @@ def describe(grid: Study, tasks: dict[str, TaskRows]) -> dict[str, Any]:
                 "ood": [where for where in rows.evaluation if where != name], "version": rows.task.version,
                 "pattern": next(key for key, pattern in rows.task.patterns.items() if pattern is rows.pattern),
                 "train_rows": len(rows.train), "dropped": rows.dropped,
-                "rows": {where: len(found) for where, (_, found) in rows.evaluation.items()},
+                "rows": {where: len(found) for where, found in rows.evaluation.items()},
             }
             for name, rows in tasks.items()
         ],
@@ -326,7 +323,7 @@ def write_authors_table(folder: RunDir, grid: Study) -> None:
             }
         )  # fmt: skip
     if not rows:
-        raise DataError("the authors' table needs the arm cd_one", fix="add it to grid.arms")
+        return  # the page says why there are none
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()

@@ -69,7 +69,7 @@ def _view(found: Data) -> Data:
         for number, (model, task) in enumerate((m, t) for m in found["models"] for t in found["tasks"])
     ]
     return {
-        **{key: found[key] for key in ("name", "rows", "limits", "demos", "sets")},
+        **{key: found[key] for key in ("name", "rows", "limits", "demos", "sets", "main")},
         **{"created": found["created"] or NO_VALUE, "versions": found["versions"] or {}, "n": n},
         "models": [m["label"] for m in found["models"]],
         "tasks": [t["title"] for t in found["tasks"]],

@@ -169,7 +169,6 @@ def train(
     lm.training(True)
     if section.gradient_checkpointing:
         lm.model.activation_checkpointing_enable()
-        lm.model.enable_input_require_grads()
     if state.step == 0 and validation:
         validate(lm, validation, section, state, per_epoch, run if main else None, parameters)
 
@@ -234,6 +233,9 @@ def train(
     accelerator.wait_for_everyone()
     if validation:
         load_tensors(run / "checkpoints/best.safetensors", parameters)
+    if section.gradient_checkpointing:  # the next one to be trained on this model may not want it
+        lm.model.activation_checkpointing_disable()
+        lm.model.disable_input_require_grads()
     lm.training(False)
     return state
 
