@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from ctxdistill import losses
-from ctxdistill.cells import NOTHING, Bench, examples, focused, judge, run_cell, teach
+from ctxdistill.cells import NOTHING, Bench, examples, fitted, focused, judge, run_cell, teach
 from ctxdistill.draws import Draw
 from ctxdistill.errors import DataError, FitError
 from ctxdistill.grid import ARMS, Arm, Study
@@ -161,7 +161,57 @@ def test_the_prior_of_queries_without_content(bench: Bench) -> None:
             p = logprobs(bench.lm, prompt, f" {word}")
             said.append(p[range(len(p)), bench.lm.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].sum())
         expected += torch.stack(said).softmax(0) / 3
-    assert reading.prior is not None and torch.allclose(reading.prior.exp(), expected, atol=1e-4)
+    assert reading.calibration is not None and reading.calibration.scale == 1
+    assert torch.allclose((-reading.calibration.bias).exp(), expected, atol=1e-4)
+
+
+def test_a_slope_and_biases_are_fitted_to_labelled_rows() -> None:
+    random = torch.Generator().manual_seed(0)
+    truth = torch.randn(4000, 3, generator=random).mul(2).log_softmax(1)
+    labels = torch.multinomial(truth.exp(), 1, generator=random)[:, 0]
+    said = (truth / 0.5 - torch.tensor([0.0, 1.0, -2.0])).log_softmax(1)  # too sure of itself, and biased
+    scale, bias = fitted(said, labels)
+    assert scale == pytest.approx(0.5, abs=0.05)
+    assert (bias - bias.mean()).tolist() == pytest.approx([1 / 6, 2 / 3, -5 / 6], abs=0.1)  # half of the biases
+    few = fitted(said[:2], labels[:2])  # two rows say little: it stays near no change, and finite
+    assert 0.5 < few.scale < 2 and few.bias.abs().max() < 1.5
+
+    def loss(scale: float, bias: torch.Tensor) -> float:
+        prior = 0.5 * (torch.tensor(scale).log().square() + bias.square().sum())
+        return (
+            torch.nn.functional.cross_entropy(scale * said[:50] + bias, labels[:50], reduction="sum") + prior
+        ).item()
+
+    scale, bias = fitted(said[:50], labels[:50])
+    for step in torch.eye(3) * 0.05:  # no neighbour is better
+        assert loss(scale, bias) < min(loss(scale, bias + step), loss(scale, bias - step))
+    assert loss(scale, bias) < min(loss(scale * 1.05, bias), loss(scale / 1.05, bias))
+
+
+@pytest.mark.parametrize("control", ["", "shuffled_labels", "irrelevant_context", "zero_shot_teacher"])
+def test_each_context_is_calibrated_on_the_demonstrations_of_the_others(bench: Bench, control: str) -> None:
+    arm = bench.study.arm("cd_many_calibrated" + (f"+{control}" if control else ""))
+    readings = bench.readings(arm, bench.draw.queries, "queries")
+    sets = bench.labelled(arm)
+    words = list(WORDS.values())
+    for number, (context, reading) in enumerate(zip(bench.contexts(arm), readings, strict=True)):
+        rows = [d for i, demos in enumerate(sets) for d in demos if i != number or control == "zero_shot_teacher"]
+        assert len(rows) == (12 if control == "zero_shot_teacher" else 8)
+        assert not {d.id for d in rows} & {d.id for d in context.demos}
+        scores = bench.read(context, rows, "elsewhere", bench.lm)[2].logprobs
+        expected = fitted(scores, torch.tensor([words.index(d.fields["answer"]) for d in rows]))
+        assert reading.calibration is not None
+        assert torch.allclose(reading.calibration.bias, expected.bias, atol=1e-3)
+        assert reading.calibration.scale == pytest.approx(expected.scale, rel=1e-3)
+
+
+def test_many_contexts_mix_in_the_labels_of_all_their_demonstrations(bench: Bench) -> None:
+    made, _, _ = examples(bench, Arm(context="many", demos_weight=1.0))
+    assert [e.id for e in made] == [r.id for r in (*ROWS[12:18], *ROWS[:12])]
+    made, _, _ = examples(bench, ARMS["ft_lora_many"])
+    assert [e.id for e in made] == [r.id for r in ROWS[:12]]
+    for example, r in zip(made, ROWS, strict=False):
+        assert bench.lm.tokenizer.decode(example.target.ids) == f" {WORDS[r.fields['label']]}"
 
 
 def test_a_calibrated_teacher_needs_labels_that_differ_at_once(lm: LM) -> None:
@@ -297,7 +347,8 @@ def test_nothing_is_read_twice(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     assert asked == [6, 6, 6]  # the two other contexts
     (fewer,) = bench.readings(Arm(calibration="queries", queries=3), bench.evaluation["trec"], "trec")
     (more,) = bench.readings(Arm(calibration="queries"), bench.evaluation["trec"], "trec")
-    assert fewer.scores is more.scores and not torch.equal(fewer.prior, more.prior)
+    assert fewer.scores is more.scores
+    assert fewer.calibration and more.calibration and not torch.equal(fewer.calibration.bias, more.calibration.bias)
 
 
 def test_gradient_checkpointing_is_left_with_the_cell(lm: LM, tmp_path: Path) -> None:

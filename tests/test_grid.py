@@ -88,8 +88,10 @@ def test_a_table_changes_single_values_of_the_default() -> None:
         ({"train": {"learning_rate": 1.0}}, "train.learning_rate: unknown key"),
         ({"arms": {"x": {"like": "nothing"}}, "grid": {"arms": ["x"]}}, "arms.x.like: unknown arm 'nothing'"),
         ({"arms": {"x": {"like": "cd_one", "query": 3}}, "grid": {"arms": ["x"]}}, "query: unknown key; did you mean 'queries'?"),
-        ({"arms": {"x": {"like": "ft_lora", "context": "one"}}, "grid": {"arms": ["x"]}}, 'context must be "none"'),
+        ({"arms": {"x": {"like": "ft_lora", "context": "one"}}, "grid": {"arms": ["x"]}}, 'learns from the demonstrations themselves'),
         ({"tasks": {"names": ["trec"]}, "grid": {"arms": ["cd_one+irrelevant_context"]}}, "name two tasks or more"),
+        ({"grid": {"arms": ["cd_many_calibrated"], "contexts": 1}}, "expected 2 or more, found 1"),
+        ({"arms": {"x": {"like": "cd_one", "calibration": "demonstrations"}}, "grid": {"arms": ["x"]}}, 'must be "many"'),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(sections: dict[str, Any], said: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
 ORDER = """
-errors < losses, stats < recipe < rows < tasks < rundir < draws < grid < weights < lm < prompts < targets < train < evaluate
+errors < losses, stats < recipe < rows < tasks < rundir < draws < grid < weights, packing < lm < prompts < targets < train < evaluate
 < dataset < accounts < retention < cells < results, plots < claims < analysis < report, export < study_report < pipeline
 < study < display < cli < docs
 """

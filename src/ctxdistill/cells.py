@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -77,6 +77,11 @@ class Bench:
         }
         return Prompter(Recipe.from_dict(raw), (lm or self.lm).tokenizer, context)
 
+    def student_prompter(self, arm: Arm, where: str = "") -> Prompter:
+        """Prompts of the student: without a context, or with the last few demonstrations of the set."""
+        context = Context(None, (), self.labelled(arm)[0])
+        return self.prompter(context, student_demos=arm.student_demos, where=where)
+
     def contexts(self, arm: Arm) -> list[Context]:
         """What the teacher of `arm` sees (for an arm without training: the model itself); one or more."""
         if arm.context == "none":
@@ -84,18 +89,22 @@ class Bench:
         chosen = self.draw.contexts if arm.context == "many" else self.draw.contexts[:1]
         if arm.control == "irrelevant_context":
             return [Context(rendered(pattern, demos), (), ()) for pattern, demos in self.irrelevant[: len(chosen)]]
-        contexts = []
-        for number, demos in enumerate(chosen):
+        return [Context(None, (), demos) for demos in self.labelled(arm)[: len(chosen)]]
+
+    def labelled(self, arm: Arm) -> list[tuple[Row, ...]]:
+        """The demonstrations of all contexts, each set with its answers: the true label words, or those of the control."""
+        sets = []
+        for number, demos in enumerate(self.draw.contexts):
             words = [self.pattern.words[row.fields["label"]] for row in demos]
             if arm.control == "shuffled_labels":
                 words = [words[i] for i in np.random.default_rng([self.seed, number]).permutation(len(words))]
-            contexts.append(Context(None, (), tuple(answered(r, w) for r, w in zip(demos, words, strict=True))))
-        return contexts
+            sets.append(tuple(answered(r, w) for r, w in zip(demos, words, strict=True)))
+        return sets
 
-    @property
-    def demonstrations(self) -> tuple[Row, ...]:
-        """Those of the set, with their true label words."""
-        return tuple(answered(row, self.pattern.words[row.fields["label"]]) for row in self.draw.contexts[0])
+    def demonstrations(self, arm: Arm) -> tuple[Row, ...]:
+        """Those whose answers `arm` may learn from: of the set, or of all contexts."""
+        sets = self.labelled(arm)
+        return tuple(row for demos in (sets if arm.context == "many" else sets[:1]) for row in demos)
 
     def queries(self, arm: Arm) -> tuple[Row, ...]:
         """The unlabelled rows that `arm` learns from."""
@@ -123,8 +132,8 @@ class Bench:
         """What the frozen model (or the bigger teacher) says on `rows` with each context of `arm`."""
         lm = self.lm if arm.teacher == "self" else self.bigger
         return [
-            Reading(*self.read(context, rows, where, lm), self.prior(arm, context, lm))
-            for context in self.contexts(arm)
+            Reading(*self.read(context, rows, where, lm), self.calibration(arm, number, context, lm))
+            for number, context in enumerate(self.contexts(arm))
         ]
 
     def read(self, context: Context, rows: Sequence[Row], where: str, lm: LM) -> tuple[Prompter, Prompts, LabelScores]:
@@ -145,17 +154,34 @@ class Bench:
             raise RuntimeError("no bigger teacher was loaded")  # a bug, not the user's
         return self.teacher
 
-    def prior(self, arm: Arm, context: Context, lm: LM) -> torch.Tensor | None:
-        """The label distribution that the context alone suggests, as log-probabilities [L]: the mean over queries without
-        content, or over the training queries."""
+    def calibration(self, arm: Arm, number: int, context: Context, lm: LM) -> Calibration | None:
+        """How the label probabilities under context `number` of `arm` are put right."""
         if arm.calibration == "none":
             return None
-        rows: Sequence[Row] = self.queries(arm)
+        rows = self.calibration_rows(arm, number)
+        prompter, _, scores = self.read(context, rows, arm.calibration, lm)
+        if arm.calibration == "demonstrations":
+            words = list(prompter.labels)
+            return fitted(scores.logprobs, torch.tensor([words.index(row.fields["answer"]) for row in rows]))
+        return Calibration(1.0, -average(list(scores.logprobs.log_softmax(1))))
+
+    def calibration_rows(self, arm: Arm, number: int) -> Sequence[Row]:
+        """What context `number` of `arm` is calibrated on; no demonstration that it holds itself."""
+        if arm.calibration == "demonstrations":
+            sets = [demos for i, demos in enumerate(self.labelled(arm)) if i != number or arm.context == "none"]
+            return [row for demos in sets for row in demos]
         if arm.calibration == "content_free":
             fields = [dict.fromkeys(("text", "text1", "text2"), text) for text in CONTENT_FREE]
-            rows = [Row(id="", fields=f, origin="a query without content") for f in fields]
-        where = "queries" if arm.calibration == "queries" else "content-free"
-        return average(list(self.read(context, rows, where, lm)[2].logprobs.log_softmax(1)))
+            return [Row(id="", fields=f, origin="a query without content") for f in fields]
+        return self.queries(arm) if arm.calibration == "queries" else ()
+
+
+class Calibration(NamedTuple):
+    """Label probabilities are put right as softmax(scale * log p + bias)."""
+
+    scale: float
+    bias: torch.Tensor
+    """[L]"""
 
 
 @dataclass(frozen=True)
@@ -165,21 +191,24 @@ class Reading:
     prompter: Prompter
     prompts: Prompts
     scores: LabelScores
-    prior: torch.Tensor | None
-    """The label log-probabilities to divide by, [L], where the arm is calibrated."""
+    calibration: Calibration | None = None
+
+    def shares(self, logprobs: torch.Tensor) -> torch.Tensor:
+        """Labels' log-probabilities [..., L], calibrated if asked for: the mass of all stays, the shares change."""
+        if self.calibration is None:
+            return logprobs
+        scale, bias = self.calibration
+        return (scale * logprobs.log_softmax(-1) + bias).log_softmax(-1) + logprobs.logsumexp(-1, keepdim=True)
 
     @property
     def answers(self) -> torch.Tensor:
-        """Log-probability of each label, [N, L], calibrated if asked for: the labels' mass stays, its shares change."""
-        given = self.scores.logprobs
-        if self.prior is None:
-            return given
-        return (given - self.prior).log_softmax(1) + given.logsumexp(1, keepdim=True)
+        """Log-probability of each label, [N, L], calibrated if asked for."""
+        return self.shares(self.scores.logprobs)
 
     def calibrated(self, logprobs: torch.Tensor) -> torch.Tensor:
         """Log-probabilities at the first answer position, [V], with the labels' shares calibrated if asked for (exact
         for labels of one token, as calibration is of whole labels)."""
-        if self.prior is None:
+        if self.calibration is None:
             return logprobs
         ids = torch.tensor([label[0] for label in self.prompter.labels.values()])  # [L]
         if len(set(ids.tolist())) < len(ids):
@@ -188,8 +217,32 @@ class Reading:
                 expected="label words that differ in the first token",
                 fix="leave the calibrated arms out for this task",
             )
-        shares = (logprobs[ids].log_softmax(0) - self.prior).log_softmax(0)  # [L]
-        return logprobs.index_copy(0, ids, shares + logprobs[ids].logsumexp(0))
+        return logprobs.index_copy(0, ids, self.shares(logprobs[ids]))
+
+
+def fitted(logprobs: torch.Tensor, labels: torch.Tensor) -> Calibration:
+    """Scale and bias by maximum likelihood on M labelled rows (Platt scaling for several classes: one slope, a bias for
+    each label), drawn towards no change by a standard normal prior on log scale and biases.
+
+    Args:
+        logprobs: [M, L].
+        labels: index of the true label, [M].
+    """
+    given = logprobs.log_softmax(1)
+    weights = torch.zeros(1 + given.shape[1], requires_grad=True)  # log scale, biases
+    solver = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> float:
+        solver.zero_grad()
+        scores = weights[0].exp() * given + weights[1:]
+        value = torch.nn.functional.cross_entropy(scores, labels, reduction="sum") + 0.5 * weights.square().sum()
+        torch.autograd.backward([value])
+        return value.item()
+
+    with torch.enable_grad():
+        solver.step(loss)  # type: ignore[no-untyped-call]
+    found = weights.detach()
+    return Calibration(float(found[0].exp()), found[1:])
 
 
 # -- targets ----------------------------------------------------------------------------------------------------------
@@ -266,10 +319,11 @@ def average(logprobs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def examples(bench: Bench, arm: Arm) -> tuple[list[Example], Prompter, float | None]:
     """What the student of `arm` learns from, how it is prompted, and the teacher's accuracy on the queries."""
-    prompter = bench.prompter(Context(None, (), bench.demonstrations), student_demos=arm.student_demos)
+    prompter = bench.student_prompter(arm)
     labels, vocabulary = prompter.labels, bench.lm.model.get_output_embeddings().weight.shape[0]
     true = []
-    for row, pair in zip(bench.demonstrations, bench.pairs(prompter, bench.demonstrations), strict=True):
+    shown = bench.demonstrations(arm) if arm.targets == "gold" or arm.demos_weight else ()
+    for row, pair in zip(shown, bench.pairs(prompter, shown), strict=True):
         word = row.fields["answer"]
         one_class = arm.trains == "head"
         target = (
@@ -376,8 +430,7 @@ def trained(bench: Bench, arm: Arm, run: RunDir, progress: Progress) -> tuple[di
 def student_scores(bench: Bench, arm: Arm, rows: Sequence[Row], where: str) -> list[Score]:
     """The student's scores on the rows of an evaluation set."""
     lm = bench.lm
-    context = Context(None, (), bench.demonstrations)
-    prompter = bench.prompter(context, student_demos=arm.student_demos, where=where)
+    prompter = bench.student_prompter(arm, where)
     prompts = [p.student for p in bench.pairs(prompter, rows)]
     with lm.adapter(True):
         if lm.classes is None:
@@ -388,7 +441,7 @@ def student_scores(bench: Bench, arm: Arm, rows: Sequence[Row], where: str) -> l
             }  # a class is a vocabulary of its own
             with torch.no_grad():
                 found = score_labels(lm, prompts, one, prefix=None, batch_size=bench.study.eval.batch_size)
-        return judge(bench, rows, [Reading(prompter, prompts, found, None)], lm)
+        return judge(bench, rows, [Reading(prompter, prompts, found)], lm)
 
 
 # -- costs ------------------------------------------------------------------------------------------------------------
@@ -408,7 +461,7 @@ def prompt_cost(bench: Bench, arm: Arm) -> dict[str, Any]:
     shown = len(readings) if arm.combine == "mixture" else 1
     flops = forward_flops(bench.lm, round(float(np.mean(lengths))), projected=1) * shown
     return {
-        "labelled": sum(len(c.demos) for c in bench.contexts(arm)) if arm.combine == "mixture" else len(bench.demonstrations),
+        "labelled": sum(len(c.demos) for c in bench.contexts(arm)) if arm.combine == "mixture" else len(bench.draw.contexts[0]),
         "unlabelled": bench.study.grid.queries if arm.calibration == "queries" else 0,
         "trained_tokens": 0, "teacher_flops": 0.0, "train_flops": 0.0, "request_flops": flops, "trainable": 0,
         "adapter_bytes": 0, "prompt_tokens": float(np.mean(lengths)) * shown,
@@ -430,16 +483,22 @@ def training_cost(bench: Bench, arm: Arm, made: Sequence[Example], prompter: Pro
     teacher = 0.0
     if arm.targets != "gold":
         who = lm if arm.teacher == "self" else bench.bigger
-        for reading in bench.readings(arm, bench.queries(arm), "queries"):
-            shared = len(common_prefix(reading.prompts)) if who.can_share and len(reading.prompts) > 1 else 0
-            rest = Counter(len(p) - shared for p in reading.prompts)
+        for number, reading in enumerate(bench.readings(arm, bench.queries(arm), "queries")):
+            asked = [*reading.prompts]
+            if arm.calibration not in ("none", "queries"):  # the queries are read anyhow
+                judged = bench.calibration_rows(arm, number)
+                asked += bench.read(contexts[number], judged, arm.calibration, who)[1]
+            shared = len(common_prefix(asked)) if who.can_share and len(asked) > 1 else 0
+            rest = Counter(len(p) - shared for p in asked)
             teacher += forward_flops(who, shared)
             teacher += sum(count * forward_flops(who, n, shared, projected=1) for n, count in rest.items())
     where, rows = next(iter(bench.evaluation.items()))
-    asked = bench.prompter(Context(None, (), bench.demonstrations), student_demos=arm.student_demos, where=where)
-    prompts = [p.student for p in bench.pairs(asked, rows)]
+    student = bench.student_prompter(arm, where)
+    prompts = [p.student for p in bench.pairs(student, rows)]
     mean = float(np.mean([len(p) for p in prompts]))
-    shown = bench.demonstrations if arm.targets == "gold" or arm.demos_weight else ()
+    shown: Sequence[Row] = bench.demonstrations(arm) if arm.targets == "gold" or arm.demos_weight else ()
+    if arm.calibration == "demonstrations":
+        shown = [row for demos in bench.labelled(arm) for row in demos]
     return {
         "labelled": len({r.id for c in contexts for r in c.demos} | {r.id for r in shown}),
         "unlabelled": 0 if arm.targets == "gold" else len(bench.queries(arm)),
@@ -447,7 +506,7 @@ def training_cost(bench: Bench, arm: Arm, made: Sequence[Example], prompter: Pro
         "request_flops": forward_flops(lm, round(mean), projected=1, classes=classes), "prompt_tokens": mean,
         "trainable": sum(p.numel() for p in parameters), "parameters": lm.info["parameters"],
         "adapter_bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "latency_ms": latency(bench, asked, [prompts], on=True),
+        "latency_ms": latency(bench, student, [prompts], on=True),
     }  # fmt: skip
 
 

@@ -32,7 +32,8 @@ class Words:
         self.models = {m["name"]: str(m.get("label") or m["name"]) for m in recipe["models"]}
         self.tasks = {t["name"]: str(t.get("title") or t["name"]) for t in recipe["tasks"]}
         self.arms = {a["name"]: str(a.get("label") or a["name"]) for a in arms}
-        self.tuned = [a["name"] for a in arms if a["family"] == "finetune"]
+        # on the same n demonstrations: fine-tuning on those of many contexts is another question
+        self.tuned = [a["name"] for a in arms if a["family"] == "finetune" and a.get("context") != "many"]
 
     def where(self, row: Mapping[str, Any]) -> str:
         """`TREC, 16 demonstrations`, with the model where there are several and the set where it is out of domain."""

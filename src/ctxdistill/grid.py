@@ -55,20 +55,22 @@ class Arm(Section):
     language model's."""
     context: Literal["none", "one", "many"] = "one"
     """The demonstrations that the teacher sees (for arms that train nothing: the model itself): none, the n of the
-    demonstration set, or `grid.contexts` sets of n each, whose distributions are averaged."""
+    demonstration set, or `grid.contexts` sets of n each, whose distributions are averaged. With true labels as targets
+    there is no teacher: `none` learns from the n, `many` from the demonstrations of all contexts."""
     targets: Literal["teacher", "teacher_label", "gold"] = "teacher"
     """What is learned: the teacher's distribution, the label that it prefers (as if it were the truth), or the true
     labels of the demonstrations."""
     combine: Literal["mixture", "each"] = "mixture"
     """With many contexts and nothing trained: answer from the averaged distribution, or report the mean over contexts of
     answering with one."""
-    calibration: Literal["none", "content_free", "queries"] = "none"
+    calibration: Literal["none", "content_free", "queries", "demonstrations"] = "none"
     """Label probabilities are divided by those that the context suggests by itself: on `content_free` queries (contextual
     calibration, Zhao et al. 2021, "Calibrate Before Use"), or their mean over the training `queries` (batch calibration,
-    Zhou et al. 2023), which assumes that the labels are about equally frequent."""
+    Zhou et al. 2023), which assumes that the labels are about equally frequent. Or a slope and a bias for each label are
+    fitted for each context on the labelled `demonstrations` of the other contexts (Platt scaling); needs many contexts."""
     demos_weight: AtLeastZero = 0.0
-    """Distillation with this many parts of cross-entropy on the demonstrations' true labels for one part of queries: the
-    demonstrations are repeated among the queries until their share is that large."""
+    """Distillation with this many parts of cross-entropy on the true labels of the demonstrations that the teacher sees
+    for one part of queries: they are repeated among the queries until their share is that large."""
     label_weight: Fraction | None = None
     """In place of the study's `label_weight`."""
     student_demos: NotNegative = 0
@@ -89,8 +91,13 @@ class Arm(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Arm:
         problems = []
-        if self.targets == "gold" and (self.context != "none" or self.demos_weight):
-            problems.append('targets = "gold" learns from the demonstrations themselves: context must be "none"')
+        if self.targets == "gold" and (self.context == "one" or self.demos_weight or self.calibration != "none"):
+            problems.append(
+                'targets = "gold" learns from the demonstrations themselves, those of the set (context = "none") or of all '
+                'contexts ("many"), without a teacher'
+            )
+        if self.calibration == "demonstrations" and self.context == "one":
+            problems.append('calibration = "demonstrations" takes those of the other contexts: context must be "many"')
         if self.trains == "head" and self.targets != "gold":
             problems.append('trains = "head" has classes and no vocabulary: targets must be "gold"')
         if self.teacher == "bigger" and (self.trains == "nothing" or self.targets == "gold"):
@@ -113,6 +120,11 @@ def _presets() -> dict[str, Arm]:
             label="in-context, mean of sets", family="prompt", trains="nothing", context="many", combine="each",
             about="what one set of n demonstrations scores on average over the sets that the many-context arms use",
         ),
+        "in_context_many_calibrated": Arm(
+            label="in-context, sets averaged, calibrated", family="prompt", trains="nothing", context="many",
+            calibration="demonstrations",
+            about=f"{many}, each calibrated on the other sets' demonstrations: what teaches the calibrated students",
+        ),
         "in_context_many": Arm(
             label="in-context, sets averaged", family="prompt", trains="nothing", context="many",
             about=f"{many}: as many times the cost per request as there are sets",
@@ -129,14 +141,23 @@ def _presets() -> dict[str, Arm]:
             label="fine-tuned, class head", family="finetune", trains="head", context="none", targets="gold",
             about="all weights and a new classification head, trained on the n demonstrations",
         ),
+        "ft_lora_many": Arm(
+            label="fine-tuned, LoRA, all demonstrations", family="finetune", context="many", targets="gold",
+            about="a LoRA adapter fine-tuned on the demonstrations of all contexts: the labels that many contexts need",
+        ),
         "cd_one": Arm(label="distilled, one context", about=f"LoRA student of the teacher with {demos}"),
         "cd_many": Arm(label="distilled, many contexts", context="many", about=f"LoRA student of the teacher with {many}"),
         "cd_calibrated": Arm(
             label="distilled, calibrated teacher", calibration="content_free", about="as one context, the teacher calibrated"
         ),
         "cd_many_calibrated": Arm(
-            label="distilled, many contexts, calibrated", context="many", calibration="queries",
-            about="as many contexts, each teacher calibrated by its mean over the queries before averaging",
+            label="distilled, many contexts, calibrated", context="many", calibration="demonstrations",
+            about="as many contexts, each teacher calibrated on the other contexts' demonstrations before averaging",
+        ),
+        "cd_many_ce": Arm(
+            label="distilled, many contexts, with true labels", context="many", calibration="demonstrations",
+            demos_weight=0.5,
+            about="as many contexts, calibrated, with cross-entropy on all their demonstrations mixed in",
         ),
         "cd_ce": Arm(
             label="distilled, with true labels", demos_weight=0.25,
@@ -327,6 +348,11 @@ class Study(Section):
                 problems.append(f"grid.arms: {error.message}")
         if any(arm.teacher == "bigger" for arm in arms.values()) and not self.model.teacher:
             problems.append("model.teacher: missing; an arm is taught by a bigger model")
+        if self.grid.contexts < 2 and any(arm.calibration == "demonstrations" for arm in arms.values()):
+            problems.append(
+                'grid.contexts: calibration = "demonstrations" judges each context by those of the others; expected 2 or '
+                f"more, found {self.grid.contexts}"
+            )
         if any(arm.control == "irrelevant_context" for arm in arms.values()) and len(self.tasks.names) < 2:
             problems.append(
                 "the control irrelevant_context takes the demonstrations of another task: name two tasks or more"

@@ -12,6 +12,7 @@ Dimensions: B batch, L sequence, P prefix, T supervised positions, V vocabulary,
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +28,22 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from ctxdistill.errors import FitError, ModelError, RunError
+from ctxdistill.packing import CannotPackError, pack, packed
 from ctxdistill.recipe import LoraSection, ModelSection
 from ctxdistill.rundir import fingerprint
-from ctxdistill.weights import load_tokenizer, loading, locate, pick_device, pick_dtype, quiet_peft, tokenizer_hash
+from ctxdistill.weights import (
+    keep_freed_memory,
+    load_tokenizer,
+    loading,
+    locate,
+    pick_device,
+    pick_dtype,
+    quiet_peft,
+    tokenizer_hash,
+)
 
+WORTH_SHARING = 8
+"""A shared start below this part of the rows saves less than attention without one, in a single fused kernel, does."""
 PAD = 0  # padding is masked everywhere, so any id that has an embedding will do; a tokenizer's own may have none
 
 
@@ -116,6 +129,7 @@ class LM:
         Raises: `ModelError` when there is no such model, or its head is not understood.
         """
         device = pick_device(section.device)
+        keep_freed_memory()
         dtype = pick_dtype(section.dtype, device)
         source, weights = locate(section, base_dir)
         options: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
@@ -147,6 +161,7 @@ class LM:
         }
         lm = cls(model, tokenizer, device, info)
         lm._check_head()
+        lm.can_pack  # noqa: B018 (tried now, while there is neither adapter nor dropout)
         return lm
 
     @property
@@ -223,10 +238,34 @@ class LM:
                 f"{self.info['architecture']} has no cache that rows can share; the context is read again for each row"
             )
             return None
-        with torch.no_grad():
-            cache = DynamicCache(config=self.model.config)
-            self._backbone(input_ids=torch.tensor([ids], device=self.device), cache=cache, use_cache=True)
+        return self._read_prefix(ids)
+
+    @torch.no_grad()
+    def _read_prefix(self, ids: Sequence[int]) -> Prefix:
+        cache = DynamicCache(config=self.model.config)
+        self._backbone(input_ids=torch.tensor([ids], device=self.device), cache=cache, use_cache=True)
         return Prefix(tuple(ids), tuple((layer.keys, layer.values) for layer in cache.layers))
+
+    @functools.cached_property
+    def can_pack(self) -> bool:
+        """Whether the model computes the same for packed rows as for padded ones: tried once, on a few tokens of the
+        loaded model, since no list of architectures could be complete."""
+        if not self.can_share:
+            return False
+        rows: list[tuple[Sequence[int], int]] = [(range(5, 5 + n), 2) for n in (6, 9)]
+        rows.append(([5, 6, 7, 3, 2, 4, 8], 3))
+        prefix = self._read_prefix([5, 6, 7])
+        try:
+            with torch.no_grad():
+                for shared in (None, prefix):
+                    slow, fast = self._padded(rows, shared), self._packed(rows, shared)
+                    scale = max(h.abs().max().item() for h in slow)
+                    limit = scale * (1e-4 if self.model.dtype == torch.float32 else 5e-2)
+                    if any((a - b).abs().max() > limit for a, b in zip(slow, fast, strict=True)):
+                        return False
+        except (CannotPackError, AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError):
+            return False
+        return True
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -241,8 +280,25 @@ class LM:
 
         Returns: one [T, d] tensor per row; entry t predicts completion token t.
         """
-        start = len(prefix.ids) if prefix else 0
+        # a checkpointed layer is computed again in the backward pass, when the layout of the pack is gone
+        pack_them = self.can_pack and not self.model.is_activation_checkpointing
+        return (self._packed if pack_them else self._padded)(rows, prefix)
+
+    def _packed(self, rows: Sequence[tuple[Sequence[int], int]], prefix: Prefix | None) -> list[torch.Tensor]:
+        """`hidden` in one sequence without padding; what all rows start with is in it once (see `packing`)."""
         # The last token predicts nothing that is supervised, so it need not be forwarded.
+        start = list(prefix.ids) if prefix else common_prefix([ids[: len(ids) - n] for ids, n in rows])
+        if not prefix and WORTH_SHARING * len(start) < max(len(ids) for ids, _ in rows):
+            start = []
+        layout = pack([ids[len(start) : -1] for ids, _ in rows], start, prefix.layers if prefix else None, self.device)
+        with packed(self.model.config.get_text_config(), layout):
+            out = self._backbone(input_ids=layout.ids, position_ids=layout.positions, use_cache=False)
+        hidden = out.last_hidden_state[0]  # [S, d]
+        return [hidden[where.stop - n : where.stop] for where, (_, n) in zip(layout.where, rows, strict=True)]
+
+    def _padded(self, rows: Sequence[tuple[Sequence[int], int]], prefix: Prefix | None) -> list[torch.Tensor]:
+        """`hidden` with a row of the batch for each row and a copy of the prefix's cache for each, for any model."""
+        start = len(prefix.ids) if prefix else 0
         bodies = [list(ids[start:-1]) for ids, _ in rows]
         length = max(map(len, bodies))
         ids = torch.tensor([body + [PAD] * (length - len(body)) for body in bodies], device=self.device)  # [B, L]

@@ -287,7 +287,7 @@ def describe(grid: Study, tasks: dict[str, TaskRows]) -> dict[str, Any]:
         "arms": [
             {
                 "name": name, "label": arm.label or name, "about": arm.about, "family": arm.family,
-                "control_of": arm.control_of,
+                "context": arm.context, "control_of": arm.control_of,
             }
             for name, arm in arms
         ],

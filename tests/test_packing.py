@@ -1,0 +1,123 @@
+"""Packed rows give the hidden states and the gradients of rows one by one, whatever they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import tiny
+from ctxdistill import packing
+from ctxdistill.lm import LM
+from ctxdistill.recipe import LoraSection, ModelSection
+
+START = list(range(10, 50))
+SHARED = [(START + list(range(s, s + n)), t) for s, n, t in ((60, 9, 3), (70, 14, 5), (80, 7, 6), (90, 20, 1))]
+APART = [([s, *ids], t) for s, (ids, t) in enumerate(SHARED, 100)]
+"""The same rows, without anything in common."""
+PACKS = sorted(set(tiny.CONFIGS) - {"gemma2", "gemma3"})
+
+
+@pytest.fixture(scope="module", params=sorted(tiny.CONFIGS))
+def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LM]:
+    lm = LM.load(ModelSection(name=str(tiny.save(tmp_path_factory.mktemp(request.param), request.param)), device="cpu"))
+    lm.add_adapter(LoraSection(rank=2), seed=0)
+    with torch.no_grad():  # a fresh adapter does nothing, and half of its gradient is 0
+        for parameter in lm.trainable().values():
+            parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    yield lm
+    lm.remove_adapter()
+
+
+def one_by_one(lm: LM, rows: list[tuple[list[int], int]]) -> list[torch.Tensor]:
+    """The obvious way: the backbone's own forward over each row."""
+    return [
+        lm._backbone(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0, -n - 1 : -1]
+        for ids, n in rows
+    ]
+
+
+def gradients(lm: LM, hidden: list[torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    """A loss in which every number of every state counts differently, and its gradient."""
+    lm.model.zero_grad()
+    states = torch.cat(hidden)
+    loss = (states * torch.randn(states.shape, generator=torch.Generator().manual_seed(0))).sum()
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in lm.trainable().items() if p.grad is not None}
+
+
+def assert_same(a: tuple[float, dict[str, torch.Tensor]], b: tuple[float, dict[str, torch.Tensor]]) -> None:
+    assert a[0] == pytest.approx(b[0], rel=1e-5)
+    assert a[1].keys() == b[1].keys()
+    largest = max(g.abs().max().item() for g in a[1].values())
+    for name, gradient in a[1].items():
+        torch.testing.assert_close(gradient, b[1][name], atol=1e-4 * largest, rtol=1e-3, msg=name)
+
+
+def test_the_models_that_can_be_packed(lm: LM, request: pytest.FixtureRequest) -> None:
+    assert lm.can_pack == (request.node.callspec.params["lm"] in PACKS)
+
+
+@pytest.mark.parametrize("rows", [SHARED, APART], ids=["shared", "apart"])
+def test_loss_and_gradient_equal_those_of_rows_one_by_one(lm: LM, rows: list[tuple[list[int], int]]) -> None:
+    slow = one_by_one(lm, rows)
+    fast = lm.hidden(rows)
+    for a, b in zip(slow, fast, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert_same(gradients(lm, slow), gradients(lm, fast))
+
+
+@torch.no_grad()
+def test_a_cached_start_equals_a_start_that_is_read(lm: LM) -> None:
+    prefix = lm._read_prefix(START)
+    if lm.can_pack:
+        for a, b in zip(one_by_one(lm, SHARED), lm._packed(SHARED, prefix), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cache", [1, 2000, 2**19])
+@pytest.mark.parametrize("kept", [0, 2**22])
+def test_pieces_and_recomputation_change_nothing(
+    llama: object, cache: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = LM.load(ModelSection(name=str(llama)))
+    lm.add_adapter(LoraSection(rank=2), seed=0)
+    rows = [
+        ([*START, *range(s, s + n)], 4) for s, n in ((60, 37), (100, 21), (130, 18))
+    ]  # more positions than the smallest piece
+    slow = gradients(lm, one_by_one(lm, rows))
+    calls = []
+    attend = packing._attend
+    monkeypatch.setattr(packing, "_attend", lambda *inputs: calls.append(inputs[0].shape) or attend(*inputs))
+    monkeypatch.setattr(packing, "CACHE", cache)
+    monkeypatch.setattr(packing, "KEPT", kept)
+    assert_same(slow, gradients(lm, lm.hidden(rows)))
+    layers, pieces = 3, {1: 9, 2000: 9, 2**19: 1}[cache]
+    assert len(calls) == layers * pieces * (2 if kept == 0 else 1)
+
+
+def test_checkpointed_layers_are_not_packed(llama: object) -> None:
+    """They are computed again when the pack is gone."""
+    lm = LM.load(ModelSection(name=str(llama)))
+    lm.add_adapter(LoraSection(rank=2), seed=0)
+    slow = gradients(lm, one_by_one(lm, SHARED))
+    lm.training(True)
+    lm.model.activation_checkpointing_enable()
+    lm.model.enable_input_require_grads()
+    assert lm.can_pack
+    assert_same(slow, gradients(lm, lm.hidden(SHARED)))
+
+
+def test_attention_that_is_not_understood_is_refused(llama: object) -> None:
+    with pytest.raises(packing.CannotPackError, match="softcap"):
+        packing.attention(None, torch.zeros(1), torch.zeros(1), torch.zeros(1), None, softcap=50.0)
+
+
+def test_the_models_own_attention_is_put_back(llama: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LM.load(ModelSection(name=str(llama)))
+    before = lm.fingerprint
+    monkeypatch.setattr(LM, "_backbone", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lm._packed(SHARED, None)
+    assert lm.fingerprint == before
