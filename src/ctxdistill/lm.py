@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from ctxdistill.errors import FitError, ModelError, RunError
+from ctxdistill.fused import fuse
 from ctxdistill.packing import CannotPackError, pack, packed
 from ctxdistill.recipe import LoraSection, ModelSection
 from ctxdistill.rundir import fingerprint
@@ -410,6 +411,7 @@ class LM:
                 found=", ".join(outside[:5]),
                 fix="serving stacks refuse adapters on head or embeddings; name the block's layers only",
             )
+        fuse(self.model)
 
     def load_adapter(self, folder: Path) -> None:
         """Put a trained adapter on. Raises `ModelError` when it was made for another base."""

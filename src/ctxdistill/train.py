@@ -160,7 +160,7 @@ def train(
     accelerator = Accelerator(cpu=lm.device.type == "cpu")
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     parameters = lm.trainable()
-    optimizer = torch.optim.AdamW(parameters.values(), lr=section.lr, weight_decay=section.weight_decay)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=section.lr, weight_decay=section.weight_decay, fused=True)
     per_epoch = math.ceil(len(examples) / section.batch_size)
     steps = per_epoch * section.epochs
     state = restore(run, parameters, optimizer)

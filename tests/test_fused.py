@@ -1,0 +1,82 @@
+"""The fused adapted layer against peft's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from ctxdistill import fused
+from ctxdistill.fused import fuse
+
+
+class Net(torch.nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 10, bias=bias), torch.nn.Linear(10, 4, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.second(torch.tanh(self.first(x))))
+
+
+def adapted(bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=5, lora_dropout=dropout, target_modules=["first", "second"])
+    net = get_peft_model(Net(bias).to(dtype), config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    for name, parameter in net.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+    return net
+
+
+def results(net: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and the gradients of a loss for the input and the adapter."""
+    x = x.clone().requires_grad_()
+    out = net(x)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    torch.manual_seed(1)
+    return [out, *torch.autograd.grad((out * torch.randn(out.shape)).sum(), [x, *parameters])]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often the fused step was taken."""
+    found: list[int] = []
+    apply = fused._Adapted.apply
+    monkeypatch.setattr(fused._Adapted, "apply", lambda *inputs: found.append(1) or apply(*inputs))
+    return found
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 6), (2, 5, 6)])
+def test_values_and_gradients_are_those_of_peft(bias: bool, shape: tuple[int, ...], calls: list[int]) -> None:
+    net, x = adapted(bias), torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    slow = results(net, x)
+    fuse(net)
+    for a, b in zip(slow, results(net, x), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5 * a.abs().max().item(), rtol=1e-5)
+    assert len(calls) == 2
+    with net.disable_adapter(), torch.no_grad():
+        assert torch.equal(net(x), Net.forward(net.base_model.model, x))
+        assert len(calls) == 2
+    assert torch.equal(results(net, x)[0], results(net, x)[0])
+
+
+@pytest.mark.parametrize("what", ["dropout", "half", "merged", "trained base"])
+def test_what_it_does_not_know_is_left_to_peft(what: str, calls: list[int]) -> None:
+    net = adapted(dropout=0.5 if what == "dropout" else 0.0, dtype=torch.bfloat16 if what == "half" else torch.float32)
+    x = torch.randn(3, 6, dtype=torch.bfloat16 if what == "half" else torch.float32)
+    if what == "merged":
+        net.merge_adapter()
+    if what == "trained base":
+        net.requires_grad_(True)
+    net.train()
+    torch.manual_seed(3)
+    slow = net(x)
+    fuse(net)
+    torch.manual_seed(3)
+    assert torch.equal(slow, net(x)) and not calls
+    if what == "dropout":
+        net.eval()
+        net(x)
+        assert len(calls) == 2
