@@ -121,3 +121,36 @@ def test_the_models_own_attention_is_put_back(llama: object, monkeypatch: pytest
     with pytest.raises(ZeroDivisionError):
         lm._packed(SHARED, None)
     assert lm.fingerprint == before
+
+
+TREE = [(7, -1), (8, 0), (9, 0), (11, 2), (7, -1), (12, 4)]
+"""Two continuations of one token each, which part again."""
+PATHS = [(7,), (7, 8), (7, 9), (7, 9, 11), (7,), (7, 12)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", [None, START[:5], START])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_what_follows_in_many_ways_equals_each_way_alone(lm: LM, prefix: list[int] | None, rows: int) -> None:
+    prompts = [ids for ids, _ in SHARED[:rows]]
+    shared = lm._read_prefix(prefix) if prefix and lm.can_share else None
+    for prompt, found in zip(prompts, lm.follow(prompts, TREE, shared), strict=True):
+        slow = torch.cat(one_by_one(lm, [([*prompt, *path, 5], 1) for path in [(), *PATHS]]))
+        torch.testing.assert_close(found, slow, atol=1e-4, rtol=1e-4)
+    assert [len(h) for h in lm.follow(prompts, ())] == [1] * rows
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_share_more_than_all_rows_do(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system prompt is cached for all rows; a document that the rows of one batch have in common is read once there."""
+    if not lm.can_pack:
+        pytest.skip("padded")
+    document = list(range(150, 180))
+    rows = [([*START, *document, *range(s, s + n)], 3) for s, n in ((60, 9), (70, 14), (80, 7))]
+    read: list[int] = []
+    backbone = LM._backbone
+    monkeypatch.setattr(LM, "_backbone", lambda self, **x: read.append(x["input_ids"].numel()) or backbone(self, **x))
+    found = lm.hidden(rows, lm._read_prefix(START))
+    assert read == [len(START), len(document) + 9 + 14 + 7 - 3]
+    for a, b in zip(one_by_one(lm, rows), found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

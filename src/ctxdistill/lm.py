@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ctxdistill.errors import FitError, ModelError, RunError
 from ctxdistill.fused import fuse
-from ctxdistill.packing import CannotPackError, pack, packed
+from ctxdistill.packing import CannotPackError, Tree, pack, packed
 from ctxdistill.recipe import LoraSection, ModelSection
 from ctxdistill.rundir import fingerprint
 from ctxdistill.weights import (
@@ -285,17 +285,39 @@ class LM:
         pack_them = self.can_pack and not self.model.is_activation_checkpointing
         return (self._packed if pack_them else self._padded)(rows, prefix)
 
-    def _packed(self, rows: Sequence[tuple[Sequence[int], int]], prefix: Prefix | None) -> list[torch.Tensor]:
-        """`hidden` in one sequence without padding; what all rows start with is in it once (see `packing`)."""
+    def follow(self, prompts: Sequence[Sequence[int]], tree: Tree, prefix: Prefix | None = None) -> list[torch.Tensor]:
+        """Final hidden states after each prompt and after each token of `tree` behind it, in one forward pass: what
+        predicts the next token there.
+
+        Returns: one [1 + len(tree), d] tensor per prompt.
+        """
+        if self.can_pack:
+            return self._packed([((*ids, PAD), 1) for ids in prompts], prefix, tree)
+        paths: list[tuple[int, ...]] = []  # the tokens on the way to each token of the tree, itself included
+        for token, parent in tree:
+            paths.append((*(paths[parent] if parent >= 0 else ()), token))
+        rows = [((*ids, *path, PAD), 1) for ids in prompts for path in [(), *paths]]
+        found = torch.cat(self.hidden(rows, prefix))
+        return list(found.view(len(prompts), 1 + len(tree), -1))
+
+    def _packed(
+        self, rows: Sequence[tuple[Sequence[int], int]], prefix: Prefix | None, tree: Tree = ()
+    ) -> list[torch.Tensor]:
+        """`hidden` in one sequence without padding; what all rows start with is in it once (see `packing`). The states
+        of `tree` come after those of each row."""
         # The last token predicts nothing that is supervised, so it need not be forwarded.
-        start = list(prefix.ids) if prefix else common_prefix([ids[: len(ids) - n] for ids, n in rows])
-        if not prefix and WORTH_SHARING * len(start) < max(len(ids) for ids, _ in rows):
+        before, longest = len(prefix.ids) if prefix else 0, max(len(ids) for ids, _ in rows)
+        start = common_prefix([ids[before : len(ids) - n] for ids, n in rows])
+        if len(rows) > 1 and WORTH_SHARING * len(start) < longest - before:
             start = []
-        layout = pack([ids[len(start) : -1] for ids, _ in rows], start, prefix.layers if prefix else None, self.device)
+        bodies = [ids[before + len(start) : -1] for ids, _ in rows]
+        layout = pack(bodies, start, prefix.layers if prefix else None, self.device, before=before, tree=tree)
         with packed(self.model.config.get_text_config(), layout):
             out = self._backbone(input_ids=layout.ids, position_ids=layout.positions, use_cache=False)
         hidden = out.last_hidden_state[0]  # [S, d]
-        return [hidden[where.stop - n : where.stop] for where, (_, n) in zip(layout.where, rows, strict=True)]
+        return [
+            hidden[where.stop - len(tree) - n : where.stop] for where, (_, n) in zip(layout.where, rows, strict=True)
+        ]
 
     def _padded(self, rows: Sequence[tuple[Sequence[int], int]], prefix: Prefix | None) -> list[torch.Tensor]:
         """`hidden` with a row of the batch for each row and a copy of the prefix's cache for each, for any model."""

@@ -29,6 +29,8 @@ CACHE = 2**19
 KEPT = 2**22
 """Scores of a layer that are kept for the backward pass."""
 Layers = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+Tree = Sequence[tuple[int, int]]
+"""Tokens that follow a row in many ways: (id, index of the token before it in the tree, -1: the row's last one)."""
 
 
 class CannotPackError(Exception):
@@ -40,9 +42,9 @@ class Pack:
     """One sequence, and where its rows are."""
 
     ids: torch.Tensor
-    """[1, S]: the shared start, unless it is cached, and the rows one after the other."""
+    """[1, S]: the shared start, without what is cached of it, and the rows one after the other."""
     positions: torch.Tensor
-    """[1, S]: of each token in its own row, the start counted."""
+    """[1, S]: of each token in its own row, everything before it counted."""
     where: list[slice]
     """Each row's tokens among the S."""
     rows: torch.Tensor
@@ -52,36 +54,60 @@ class Pack:
     start: int
     """Tokens of the shared start that are in the sequence itself."""
     cached: Layers | None
-    """Keys and values [1, K, P, D] of the shared start in each layer, where it was computed before."""
+    """Keys and values [1, K, C, D] of the first C tokens of all rows in each layer, where they were computed before."""
     hidden: torch.Tensor
-    """[1, 1, 1, L, L]: which keys of its row a token must not see."""
+    """[1, R or 1, 1, L, L]: which keys of its row a token must not see."""
+    causal: bool
+    """Whether every token sees all tokens of its row before it."""
 
 
-def pack(bodies: Sequence[Sequence[int]], start: Sequence[int], cached: Layers | None, device: torch.device) -> Pack:
-    """Lay rows out behind a shared start.
+def pack(
+    bodies: Sequence[Sequence[int]],
+    start: Sequence[int],
+    cached: Layers | None,
+    device: torch.device,
+    *,
+    before: int = 0,
+    tree: Tree = (),
+) -> Pack:
+    """Lay rows out behind what they share: what is `cached`, of `before` tokens, and then `start`, which is read once.
 
     Args:
-        bodies: ids of each row behind the start, none of them empty.
-        start: ids of the shared start; with `cached`, they are not forwarded again.
+        bodies: ids of each row behind that, none of them empty.
+        tree: what follows each row, in many ways at once; its tokens come after the row's in `where`.
     """
-    inside = 0 if cached else len(start)
-    ids, positions, where = list(start[:inside]), list(range(inside)), list[slice]()
+    ids, positions, where = list(start), list(range(before, before + len(start))), list[slice]()
+    depths, lines = (
+        list[int](),
+        list[set[int]](),
+    )  # of each token of the tree: how deep it is, and what it descends from
+    for number, (_, parent) in enumerate(tree):
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        lines.append({number, *(lines[parent] if parent >= 0 else ())})
     for body in bodies:
-        where.append(slice(len(ids), len(ids) + len(body)))
-        ids += body
-        positions += range(len(start), len(start) + len(body))
-    longest = max(map(len, bodies))
+        where.append(slice(len(ids), len(ids) + len(body) + len(tree)))
+        first = before + len(start)
+        ids += [*body, *(token for token, _ in tree)]
+        positions += [*range(first, first + len(body)), *(first + len(body) + depth for depth in depths)]
+    longest = max(s.stop - s.start for s in where)
     rows = [[min(s.start + i, s.stop - 1) for i in range(longest)] for s in where]
-    back = [row * longest + i for row, body in enumerate(bodies) for i in range(len(body))]
+    back = [row * longest + i for row, s in enumerate(where) for i in range(s.stop - s.start)]
+    hidden = causal(longest, device)
+    if tree:
+        apart = torch.tensor([[key not in line for key in range(len(tree))] for line in lines], device=device)
+        hidden = hidden.repeat(1, len(bodies), 1, 1, 1)
+        for mask, body in zip(hidden[0, :, 0], bodies, strict=True):
+            mask[len(body) : len(body) + len(tree), len(body) : len(body) + len(tree)] = apart
     return Pack(
         torch.tensor([ids], device=device),
         torch.tensor([positions], device=device),
         where,
         torch.tensor(rows, device=device),
         torch.tensor(back, device=device),
-        inside,
+        len(start),
         cached,
-        torch.ones(longest, longest, dtype=torch.bool, device=device).triu(1)[None, None, None],
+        hidden,
+        not tree,
     )
 
 
@@ -123,40 +149,48 @@ def attention(
     p, scale = _pack.get(), query.shape[-1] ** -0.5 if scaling is None else scaling
     (heads, size), kv = query.shape[1::2], key.shape[1]
     query = query * scale
-    out, shared = [], None
+    group = heads // kv
+    out: list[torch.Tensor] = []
+    shared: tuple[torch.Tensor, torch.Tensor] | None = None
+    if p.cached:
+        keys, values = p.cached[module.layer_idx]
+        shared = keys[0], values[0]  # [K, C, D]
     if p.start:
         first = slice(0, p.start)
-        out.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                query[:, :, first],
-                key[:, :, first].repeat_interleave(heads // kv, 1),
-                value[:, :, first].repeat_interleave(heads // kv, 1),
-                dropout_p=dropout,
-                is_causal=True,
-                scale=1.0,
-            )[0]
-        )  # [H, P, D]
-        shared = key[0, :, first], value[0, :, first]  # [K, P, D]
-    elif p.cached:
-        keys, values = p.cached[module.layer_idx]
-        shared = keys[0], values[0]
-    (r, longest), group = p.rows.shape, heads // kv
+        q, k, v = query[0, :, first], key[0, :, first], value[0, :, first]
+        q = q.view(kv, 1, group, p.start, size)
+        if shared:
+            begun = _behind(q, k[:, None], v[:, None], *shared, causal(p.start, q.device), dropout)
+            shared = torch.cat([shared[0], k], 1), torch.cat([shared[1], v], 1)  # [K, C + P, D]
+        else:
+            begun, shared = _alone(q, k[:, None], v[:, None], dropout), (k, v)
+        out.append(begun.reshape(heads, p.start, size))
+    r, longest = p.rows.shape
     q = query[0][:, p.rows].view(kv, group, r, longest, size).transpose(1, 2)  # [K, R, G, L, D]
     k, v = key[0][:, p.rows], value[0][:, p.rows]  # [K, R, L, D]
-    if shared is None:  # one fused kernel; padding comes last, where no token sees it
-        four = (kv * r, group, longest, size)
-        result = torch.nn.functional.scaled_dot_product_attention(
-            q.reshape(four),
-            k[:, :, None].expand(q.shape).reshape(four),
-            v[:, :, None].expand(q.shape).reshape(four),
-            dropout_p=dropout,
-            is_causal=True,
-            scale=1.0,
-        ).view_as(q)
-    else:
+    if shared or not p.causal:
+        shared = shared or (k[:, 0, :0], v[:, 0, :0])
         result = _behind(q, k, v, *shared, p.hidden, dropout)
+    else:
+        result = _alone(q, k, v, dropout)
     out.append(result.transpose(1, 2).reshape(heads, r * longest, size)[:, p.back])  # [H, S - P, D]
     return torch.cat(out, 1).transpose(0, 1)[None], None
+
+
+def causal(length: int, device: torch.device) -> torch.Tensor:
+    """Which keys a token must not see, [1, 1, 1, L, L]: those after it."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None, None]
+
+
+def _alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Rows with themselves and nothing before them, in one fused kernel; padding comes last, where no token sees it."""
+    kv, r, group, longest, size = q.shape
+    four = (kv * r, group, longest, size)
+    keys, values = (x[:, :, None].expand(q.shape).reshape(four) for x in (k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.reshape(four), keys, values, dropout_p=dropout, is_causal=True, scale=1.0
+    )
+    return out.view(q.shape)
 
 
 def _behind(
@@ -182,7 +216,8 @@ def _behind(
         pieces = []
         for j in range(0, longest, positions):
             seen = slice(j, j + positions)
-            inputs = (q[:, part, :, seen], k[:, part], v[:, part], start_k, start_v, hidden[..., seen, :], dropout)
+            mask = hidden[:, part] if hidden.shape[1] > 1 else hidden
+            inputs = (q[:, part, :, seen], k[:, part], v[:, part], start_k, start_v, mask[..., seen, :], dropout)
             pieces.append(checkpoint(_attend, *inputs, use_reentrant=False) if again else _attend(*inputs))
         made.append(torch.cat(pieces, 3) if len(pieces) > 1 else pieces[0])
     return torch.cat(made, 1) if len(made) > 1 else made[0]

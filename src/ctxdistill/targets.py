@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,17 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ctxdistill.errors import RunError
-from ctxdistill.lm import LM, Prefix
+from ctxdistill.lm import LM, Prefix, common_prefix
 from ctxdistill.prompts import Pair, Prompter, join
 from ctxdistill.recipe import CompletionsSection, Recipe, TargetsSection
 from ctxdistill.rundir import Progress, fingerprint, no_progress, write_atomic
+
+HEAD = 64
+"""Positions whose logits are in memory at a time when labels are scored."""
+SHARED = 64
+"""Tokens that rows must have in common, beyond what all have, to be labelled side by side."""
+TREE = 32
+"""Tokens of a tree of labels that cost about as much as one more prompt in the batch."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,8 @@ def label(
         for pair in pairs
         for sample in range(completions.samples)
     ]
-    order = sorted(range(len(jobs)), key=lambda i: (len(jobs[i].pair.teacher), jobs[i].key))
+    group = documents([job.pair.teacher for job in jobs])
+    order = sorted(range(len(jobs)), key=lambda i: (group[i], len(jobs[i].pair.teacher), jobs[i].key))
     chunks = [order[i : i + kind.batch_size] for i in range(0, len(order), kind.batch_size)]
     todo = [[jobs[i] for i in chunk if jobs[i].key not in store] for chunk in chunks]
     with torch.no_grad(), lm.adapter(False):
@@ -148,6 +157,15 @@ def label(
     made = [store[job.key] for job in jobs]
     n = completions.samples
     return [made[i : i + n] for i in range(0, len(made), n)]
+
+
+def documents(prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """What rows are put side by side by, so that a document that some of them share is read once for each batch: the
+    `SHARED` tokens behind what all rows start with, or () where no other row has the same ones."""
+    first = len(common_prefix(prompts)) if prompts else 0
+    found = [prompt[first : first + SHARED] for prompt in prompts]
+    count = Counter(found)
+    return [part if len(part) == SHARED and count[part] > 1 else () for part in found]
 
 
 def _label_batch(
@@ -211,21 +229,30 @@ def score_labels(
 ) -> LabelScores:
     """Score every label after every prompt.
 
-    Labels that differ in their last token only share one forward: all single-token labels take one together.
+    What labels begin with is forwarded once: labels of one token take one forward of the prompt together, longer ones
+    are a tree of tokens behind it.
     """
-    starts = list(dict.fromkeys(ids[:-1] for ids in labels.values()))
-    rows = [(p, join(prompt, (*start, 0))) for p, prompt in enumerate(prompts) for start in starts]  # 0: not forwarded
-    scores, first = torch.empty(len(prompts), len(labels)), list[torch.Tensor]([torch.empty(0)] * len(prompts))
-    for begin in range(0, len(rows), batch_size):
-        batch = rows[begin : begin + batch_size]
-        for (p, (ids, n)), hidden in zip(batch, lm.hidden([row for _, row in batch], prefix), strict=True):
-            first[p] = hidden[0].cpu()
-            logprobs = lm.head(hidden).log_softmax(-1)  # [T, V]
-            for number, label in enumerate(labels.values()):
-                if label[:-1] == tuple(ids[len(ids) - n : -1]):
-                    index = torch.tensor(label, device=logprobs.device)[:, None]
-                    scores[p, number] = logprobs.gather(1, index).sum().item()
-    return LabelScores(scores, torch.stack(first))
+    nodes: dict[tuple[int, ...], int] = {(): -1}  # what some label begins with -> its last token's place in the tree
+    for label in labels.values():
+        for n in range(1, len(label)):
+            nodes.setdefault(label[:n], len(nodes) - 1)
+    tree = [(start[-1], nodes[start[:-1]]) for start in nodes if start]
+    steps = [
+        (number, 1 + nodes[label[:n]], token)
+        for number, label in enumerate(labels.values())
+        for n, token in enumerate(label)
+    ]
+    which, where, token = (torch.tensor(x, device=lm.device) for x in zip(*steps, strict=True))
+    size = max(1, batch_size // (1 + len(tree) // TREE))
+    scores, first = list[torch.Tensor](), list[torch.Tensor]()
+    for begin in range(0, len(prompts), size):
+        found = lm.follow(prompts[begin : begin + size], tree, prefix)  # [1 + tree, d] each
+        first += [hidden[0].cpu() for hidden in found]
+        for some in range(0, len(found), max(1, HEAD // (1 + len(tree)))):
+            states = torch.stack(found[some : some + max(1, HEAD // (1 + len(tree)))])  # [n, 1 + tree, d]
+            said = lm.head(states).log_softmax(-1)[:, where, token]  # [n, steps]
+            scores.append(said.new_zeros(len(said), len(labels)).index_add(1, which, said).cpu())
+    return LabelScores(torch.cat(scores), torch.stack(first))
 
 
 def point_mass(ids: Sequence[int], size: int) -> Target:

