@@ -282,7 +282,7 @@ class Study(Section):
     model: ModelsSection
     tasks: TasksSection
     grid: GridSection = GridSection()
-    train: TrainSection = TrainSection(epochs=8, lr=1e-3, batch_size=16, validation=0.0, checkpoint_every=0)
+    train: TrainSection = TrainSection(epochs=4, lr=1e-3, batch_size=8, validation=0.0, checkpoint_every=0)
     """Training of the distilled arms; keys as in a recipe's `train`."""
     finetune: TrainSection = TrainSection(epochs=20, lr=5e-4, batch_size=8, validation=0.0, checkpoint_every=0)
     """Training of the arms with true labels."""

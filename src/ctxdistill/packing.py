@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 NAME = "ctxdistill_packed"
-CACHE = 2**19
-"""Scores that are computed at a time on a CPU; 2 MB in fp32."""
+CACHE = 2**21
+"""Scores that are computed at a time on a CPU; 8 MB in fp32."""
 KEPT = 2**22
 """Scores of a layer that are kept for the backward pass."""
 Layers = tuple[tuple[torch.Tensor, torch.Tensor], ...]
