@@ -20,13 +20,13 @@ from ctxdistill import cli, display
 from ctxdistill.errors import GateError
 from ctxdistill.recipe import Recipe
 
-COMMANDS = ("demo", "init", "gate", "show", "distill", "evaluate", "try", "study", "report")
+COMMANDS = ("demo", "init", "gate", "plan", "show", "distill", "evaluate", "try", "study", "report")
 HOSTILE = "[red]x[/red] [/nope] \x1b[2J\x1b]0;owned\x07 \u202egnp\u202c \x9b31m {query} end"
 
 GATE = {
     "verdict": "teach", "reasons": ["the context changes the model: KL 1.234"], "gain": None, "metric": None,
     "kl": {"mean": 1.234, "low": 1.0, "high": 1.5}, "context_tokens": 321, "query_tokens": {"mean": 12.5, "max": 20},
-    "window": 8192, "fits": True, "estimate": {"seconds": 90.0, "memory_mb": 700.0, "cost": None},
+    "window": 8192, "fits": True, "estimate": {"seconds": 90.0, "memory_mb": 700.0, "disk_mb": 12.0, "cost": None},
 }  # fmt: skip
 ARM = {
     "exact_match": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 10},
@@ -48,6 +48,12 @@ ROW = {
                 {"text": "say ant", "kind": "query"}],
     "student": [{"text": "<|system|>be kind", "kind": "template"}, {"text": "say ant", "kind": "query"}],
     "completion": [["AN", 5], ["T\n", 6], ["</s>", 1]], "teacher_tokens": 14, "student_tokens": 9,
+}  # fmt: skip
+
+
+PLAN = {
+    "model": "m", "device": "cpu", "rows": {"train": 1300, "validation": 0, "eval": 8}, "seconds": 100.0,
+    "stages": {"gate": 10.0, "label": 20.0, "train": 65.0, "evaluate": 5.0}, "memory_mb": 1700.0, "disk_mb": 12.0, "cost": 0.5,
 }  # fmt: skip
 
 
@@ -86,7 +92,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.SimpleNam
 
     stub = types.SimpleNamespace(
         calls=[], demo=work, distill=work, show=lambda recipe, row: ROW, try_text=pieces,
-        gate=lambda recipe, progress: (work(progress=progress), GATE)[1],
+        gate=lambda recipe, progress: (work(progress=progress), GATE)[1], plan=lambda recipe: PLAN,
         evaluate=lambda run, progress: (work(progress=progress), EVALUATION)[1],
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "ctxdistill.pipeline", stub)  # type: ignore[arg-type]
@@ -104,7 +110,7 @@ def failing(error: BaseException) -> Callable[..., Any]:
 # -- streams and exit codes ------------------------------------------------------------------------------------------
 
 LINES = {
-    "demo": ["demo"], "init": ["init", "new.toml"], "gate": ["gate", "my.toml"], "show": ["show", "my.toml"],
+    "demo": ["demo"], "init": ["init", "new.toml"], "gate": ["gate", "my.toml"], "plan": ["plan", "my.toml"], "show": ["show", "my.toml"],
     "show a run": ["show", "run"], "distill": ["distill", "my.toml", "train.lr=1e-4"], "evaluate": ["evaluate", "run"],
     "try": ["try", "run", "hello"],
 }  # fmt: skip
@@ -124,6 +130,14 @@ def test_json_is_one_object_and_nothing_else(
     if pipeline.calls:
         assert "train (loss 3): 3/3" in captured.err
         assert "a library that prints" in captured.err
+
+
+def test_a_plan_is_told_stage_by_stage(pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "my.toml"]) == 0
+    lines = [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()]
+    assert "m on cpu, rows: 1,300 train, 8 eval" in lines
+    assert "train 65 s" in lines
+    assert "estimated: 100 s to distil, 1,700 MB of memory, 12 MB on disk, cost 0.50" in lines
 
 
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES)

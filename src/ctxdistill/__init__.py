@@ -12,8 +12,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Imported on first use: `ctxdistill --help` must not wait for torch. `evaluate` and `report` are modules here; the
-# functions of that name are in `ctxdistill.pipeline`.
+# Imported on first use: `ctxdistill --help` must not wait for torch. `evaluate`, `plan` and `report` are modules
+# here; the functions of that name are in `ctxdistill.pipeline`.
 _HOMES = {
     "Recipe": "recipe", "Context": "prompts", "CtxDistillError": "errors", "LM": "lm", "Prompter": "prompts",
     "Run": "pipeline", "demo": "pipeline", "distill": "pipeline", "gate": "pipeline",

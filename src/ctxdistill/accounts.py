@@ -1,9 +1,8 @@
-"""What a run will take, what it took, when it pays off, and what its reader must know.
+"""What a run took, when it pays off, and what its reader must know.
 
-In: measured speeds before training; times, token counts and tables after it. Out: the `estimate` of the gate, the parts
-`training`, `cost` and `notes` of `evaluation.json`, FLOPs of forwards and of training, and peak memory. Invariants: a
-cost counts what was done once, however often the run was resumed; FLOPs of the parts of a sequence add up to those of
-the whole, so a cached start costs nothing twice.
+In: times, token counts and tables of a run. Out: the parts `training`, `cost` and `notes` of `evaluation.json`, FLOPs of
+forwards and of training, and peak memory. Invariants: a cost counts what was done once, however often the run was
+resumed; FLOPs of the parts of a sequence add up to those of the whole, so a cached start costs nothing twice.
 """
 
 from __future__ import annotations
@@ -24,41 +23,6 @@ from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
 from ctxdistill.targets import captured_mass
 from ctxdistill.train import Example, State
-
-
-def estimate(
-    recipe: Recipe, lm: LM, rows: Data, answer_tokens: float, teacher_seconds: float, student_seconds: float
-) -> dict[str, Any]:
-    """What the rest of the run will take, from the speed just measured: seconds, peak megabytes, money."""
-    some = rows.pairs["eval"][: recipe.train.batch_size]
-    body = [(list(p.student) + [0] * int(answer_tokens + 1), int(answer_tokens + 1)) for p in some]
-    started = time.perf_counter()
-    with torch.no_grad(), lm.adapter(False):
-        lm.head(torch.cat(lm.hidden(body)))
-    per_token = (time.perf_counter() - started) / sum(len(ids) for ids, _ in body)
-    train_rows = len(rows.pairs["train"]) * recipe.completions.samples
-    length = sum(len(p.student) for p in rows.pairs["train"]) / len(rows.pairs["train"]) + answer_tokens
-    # forward + backward through frozen linear layers (activation gradients only) + the adapter: about 3 forwards
-    training = recipe.train.epochs * train_rows * length * per_token * 3
-    labelling = teacher_seconds * (train_rows + len(rows.pairs["validation"]) * recipe.completions.samples)
-    seconds = training + labelling + student_seconds
-    c = lm.model.config.get_text_config()
-    size = next(lm.model.parameters()).element_size()
-    wide = getattr(c, "intermediate_size", None) or getattr(c, "ffn_dim", None) or 4 * c.hidden_size
-    batch = (recipe.train.micro_batch or recipe.train.batch_size) * length
-    activations = batch * c.num_hidden_layers * (14 * c.hidden_size + 5 * wide) * size
-    context = max(len(p.teacher) for p in rows.pairs["eval"])
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    caches = recipe.targets.batch_size * context * c.num_hidden_layers * 2 * heads * head_size(c) * size
-    weights = lm.info["parameters"] * size
-    if lm.device.type == "cpu":
-        weights = 2 * weights + 5 * 10**8  # the file stays mapped beside the tensors; and the libraries
-    memory = weights + max(caches, activations + 6 * 2**26)  # logits of both sides, a chunk at a time
-    return {
-        "seconds": seconds,
-        "memory_mb": memory / 2**20,
-        "cost": seconds / 3600 * recipe.cost.machine_hour if recipe.cost.machine_hour else None,
-    }
 
 
 def summary(

@@ -139,6 +139,22 @@ def gate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = Fa
 
 
 @app.command()
+def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
+    """What would a run take? Try every stage on a few rows; predict time, memory and disk.
+
+    Example: ctxdistill plan support.toml train.epochs=4
+    """
+    from ctxdistill.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    with _work(as_json):
+        from ctxdistill import pipeline
+
+        found = pipeline.plan(loaded)
+    _json(found) if as_json else display.plan(display.console(), found)
+
+
+@app.command()
 def show(
     source: Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="A recipe or a run folder.", show_default=False)],
     overrides: Overrides = None,

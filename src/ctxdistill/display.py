@@ -180,10 +180,25 @@ def gate(out: Console, found: Mapping[str, Any]) -> None:
         longest = f"a query {query['mean']:.0f} (longest {query['max']:,})"
         window = f"{found['window']:,} tokens" if found.get("window") else "not known"
         _item(out, f"the context takes {found['context_tokens']:,} tokens, {longest}; the model's window: {window}")
-    if finite(expected.get("seconds")):
-        text = f"estimated: {duration(expected['seconds'])} to distil"
-        text += f", {expected['memory_mb']:,.0f} MB" if finite(expected.get("memory_mb")) else ""
-        _item(out, text + (f", cost {expected['cost']:.2f}" if finite(expected.get("cost")) else ""))
+    if expected:
+        _item(out, _expected(expected))
+
+
+def plan(out: Console, found: Mapping[str, Any]) -> None:
+    """What a run would take, stage by stage."""
+    rows = ", ".join(f"{n:,} {split}" for split, n in found["rows"].items() if n)
+    out.print(plain(f"{found['model']} on {found['device']}, rows: {rows}"), soft_wrap=True)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for stage, seconds in found["stages"].items():
+        table.add_row(plain(stage), plain(duration(seconds)))
+    out.print(table)
+    out.print(plain(_expected(found)), soft_wrap=True)
+
+
+def _expected(found: Mapping[str, Any]) -> str:
+    text = f"estimated: {duration(found['seconds'])} to distil, {found['memory_mb']:,.0f} MB of memory"
+    text += f", {found['disk_mb']:,.0f} MB on disk"
+    return text + (f", cost {found['cost']:.2f}" if finite(found.get("cost")) else "")
 
 
 def grid(out: Console, found: dict[str, Any]) -> None:

@@ -354,7 +354,7 @@ def comparisons(
 
 
 def gate_verdict(
-    scores: Mapping[str, Sequence[Score]], pairs: Sequence[Pair], lm: LM, recipe: Recipe, estimate: dict[str, Any]
+    scores: Mapping[str, Sequence[Score]], pairs: Sequence[Pair], lm: LM, recipe: Recipe
 ) -> dict[str, Any]:
     """Is there anything to teach? From the zero-shot and in-context arms on the same rows."""
     options = {"resamples": recipe.eval.bootstrap, "seed": recipe.train.seed}
@@ -396,5 +396,4 @@ def gate_verdict(
         "query_tokens": {"mean": statistics.fmean(lengths), "max": max(lengths)},
         "window": lm.window,
         "fits": True,  # prompts that do not fit were refused before
-        "estimate": estimate,
     }

@@ -15,7 +15,6 @@ import queue
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,9 @@ from safetensors import SafetensorError
 
 from ctxdistill import evaluate as evaluation
 from ctxdistill import losses
+from ctxdistill import plan as planning
 from ctxdistill import report as reports
-from ctxdistill.accounts import cost, estimate, notes, spent, summary, timed
+from ctxdistill.accounts import cost, notes, spent, summary, timed
 from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe
 from ctxdistill.errors import DataError, GateError, RunError
 from ctxdistill.lm import LM, check_fit
@@ -114,7 +114,16 @@ def distill(
 def gate(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
     """Is there anything to teach? Measures the zero-shot and in-context arms; trains nothing, keeps nothing."""
     lm, prompter, rows = prepare(recipe)
-    return run_gate(recipe, lm, prompter, rows, None, None, progress or no_progress)
+    verdict = run_gate(recipe, lm, prompter, rows, None, None, progress or no_progress)
+    return verdict | {"estimate": planning.predict(recipe, lm, rows, planning.measure(recipe, lm, prompter, rows))}
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What a run would take: `seconds` (by `stages`), `memory_mb`, `disk_mb`, `cost`, from each stage tried on a few rows."""
+    lm, prompter, rows = prepare(recipe)
+    found = planning.predict(recipe, lm, rows, planning.measure(recipe, lm, prompter, rows))
+    counts = {split: len(pairs) for split, pairs in rows.pairs.items()}
+    return found | {"model": lm.info["name"], "device": lm.info["device"], "rows": counts}
 
 
 def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -216,24 +225,18 @@ def run_gate(
         # measured before; judged again, since the recipe may now ask for less
         known = {arm: [s for s in run.read_jsonl("scores.jsonl") if s["arm"] == arm] for arm in evaluation.ARMS[:2]}
         if all(len(scores) == len(pairs) for scores in known.values()):
-            verdict = evaluation.gate_verdict(known, pairs, lm, recipe, run.read_json("gate.json")["estimate"])
+            verdict = evaluation.gate_verdict(known, pairs, lm, recipe)
             run.write_json("gate.json", verdict)
             return verdict
     with contextlib.ExitStack() as stack:
         if store is None:
             store = TargetStore(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        started = time.perf_counter()
         targets = evaluation.teacher_targets(lm, prompter, pairs, recipe, store, progress)
-        teacher_seconds = (time.perf_counter() - started) / len(pairs)
-        scores = {}
-        for arm in ("zero_shot", "in_context"):
-            started = time.perf_counter()
-            scores[arm] = evaluation.score_arm(arm, lm, prompter, pairs, targets, recipe, progress=progress)
-            if arm == "zero_shot":
-                student_seconds = time.perf_counter() - started
-    answer_tokens = sum(len(t.ids) for t in targets) / len(targets)
-    expected = estimate(recipe, lm, rows, answer_tokens, teacher_seconds, student_seconds)
-    verdict = evaluation.gate_verdict(scores, pairs, lm, recipe, expected)
+        scores = {
+            arm: evaluation.score_arm(arm, lm, prompter, pairs, targets, recipe, progress=progress)
+            for arm in ("zero_shot", "in_context")
+        }
+    verdict = evaluation.gate_verdict(scores, pairs, lm, recipe)
     if run:
         run.write_jsonl("scores.jsonl", [score for arm in scores.values() for score in arm])
         run.write_json("gate.json", verdict)
@@ -333,4 +336,4 @@ def stream(lm: LM, prompter: Prompter, prompt: Sequence[int], limit: int) -> Ite
         writer.join()
 
 
-__all__ = ["Run", "demo", "distill", "evaluate", "gate", "load_student", "report", "show", "try_text"]
+__all__ = ["Run", "demo", "distill", "evaluate", "gate", "load_student", "plan", "report", "show", "try_text"]

@@ -223,9 +223,7 @@ def _gate_facts(gate: Data) -> list[tuple[str, str]]:
         facts.append(("context tokens", _text(gate.get("context_tokens"))))
         facts.append(("query tokens, mean and longest", f"{_text(query.get('mean'))} and {_text(query.get('max'))}"))
         facts.append(("the model's window", f"{_text(gate.get('window'))}; everything fits: {_text(gate.get('fits'))}"))
-    names = {"seconds": "estimated seconds", "memory_mb": "estimated memory in MB", "cost": "estimated cost"}
-    estimate = gate.get("estimate") or {}
-    return facts + [(name, _text(estimate[key])) for key, name in names.items() if estimate.get(key) is not None]
+    return facts
 
 
 def _comparison(pair: Data) -> Data:

@@ -1,0 +1,176 @@
+"""What a run will take, before it runs: time, memory and disk, from every stage tried on a few rows.
+
+In: a checked recipe, the model, its rows. Out: `Speeds`, measured, and the prediction made of them. Invariants: each stage
+is tried by the code that the run will use, on rows of the run, so that nothing has to be known about the machine or the
+model; the model is afterwards as it was before; nothing is kept.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctxdistill.accounts import Peak
+from ctxdistill.dataset import Data
+from ctxdistill.evaluate import score_arm, teacher_targets
+from ctxdistill.lm import LM
+from ctxdistill.prompts import Pair, Prompter
+from ctxdistill.recipe import Recipe
+from ctxdistill.targets import Target, TargetStore, label
+from ctxdistill.train import Example, batch_loss
+
+ARMS_TIMED = 3
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What was measured; seconds, but for the last two."""
+
+    context: float
+    """To read what all teacher prompts start with."""
+    answer: float
+    """A row's completion and targets, the context read."""
+    student: float
+    """A row of an evaluated arm without the context."""
+    request: float
+    """One request of its own without the context."""
+    train: float
+    """A student token in a training step."""
+    forward: float
+    """A student token without the backward pass."""
+    answer_tokens: float
+    """Tokens of a completion."""
+    memory_mb: float
+    """The most that was in use, the model included."""
+
+
+def measure(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> Speeds:
+    """Try each stage on a batch of rows."""
+    pairs = rows.pairs["train"][: recipe.targets.batch_size]
+    evaluated = rows.pairs["eval"][: recipe.targets.batch_size]
+    with tempfile.TemporaryDirectory() as folder, Peak(lm.device) as peak:
+        with torch.no_grad(), lm.adapter(False):
+            lm.head(torch.cat(lm.hidden([((*p.student, 0), 1) for p in pairs])))  # warm up
+            _, context = timed(lambda: lm.prefix([p.teacher for p in pairs]))
+        made, answers = timed(lambda: label(lm, prompter, pairs, recipe, TargetStore(Path(folder) / "a")))
+        given = teacher_targets(lm, prompter, evaluated, recipe, TargetStore(Path(folder) / "b"))
+        _, scored = timed(lambda: score_arm("zero_shot", lm, prompter, evaluated, given, recipe))
+        limit = recipe.eval.max_new_tokens
+        _, request = timed(lambda: lm.generate([evaluated[0].student], max_new_tokens=limit, ends=prompter.ends))
+        targets = [target for found in made for target in found]
+        train, forward = step(recipe, lm, longest(recipe, rows.pairs["train"], targets))
+    count = len(targets)
+    return Speeds(
+        context=context,
+        answer=max(answers - context, 0.0) / count,
+        student=scored / len(evaluated),
+        request=request,
+        train=train,
+        forward=forward,
+        answer_tokens=sum(len(t.ids) for t in targets) / count,
+        memory_mb=peak.mb,
+    )
+
+
+def longest(recipe: Recipe, pairs: Sequence[Pair], targets: Sequence[Target]) -> list[Example]:
+    """A batch as long as the run can have it: the longest prompts with the completions at hand."""
+    size = min(recipe.train.micro_batch or recipe.train.batch_size, len(pairs) * recipe.completions.samples)
+    prompts = sorted((p.student for p in pairs for _ in range(recipe.completions.samples)), key=len)[-size:]
+    return [Example(str(i), prompt, targets[i % len(targets)]) for i, prompt in enumerate(prompts)]
+
+
+def step(recipe: Recipe, lm: LM, batch: Sequence[Example]) -> tuple[float, float]:
+    """Seconds per student token of a training step, and of a forward pass alone; with an adapter of its own."""
+    tokens = sum(len(e.prompt) + len(e.target.ids) - 1 for e in batch)
+    lm.add_adapter(recipe.lora, recipe.train.seed)
+    try:
+        lm.training(True)
+        if recipe.train.gradient_checkpointing:
+            lm.model.activation_checkpointing_enable()
+        parameters = list(lm.trainable().values())
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+
+        def whole() -> None:
+            batch_loss(lm, batch, recipe.train).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(parameters, recipe.train.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        whole()
+        _, train = timed(whole)
+        lm.training(False)
+        with torch.no_grad():
+            _, forward = timed(lambda: batch_loss(lm, batch, recipe.train))
+    finally:
+        if recipe.train.gradient_checkpointing:
+            lm.model.activation_checkpointing_disable()
+            lm.model.disable_input_require_grads()
+        lm.remove_adapter()
+    return train / tokens, forward / tokens
+
+
+def timed(work: Any) -> tuple[Any, float]:
+    """What `work` returns, and the seconds that it took."""
+    started = time.perf_counter()
+    found = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return found, time.perf_counter() - started
+
+
+def predict(recipe: Recipe, lm: LM, rows: Data, s: Speeds) -> dict[str, Any]:
+    """Seconds by stage, memory, disk and money of the whole run.
+
+    `seconds` is their sum; `disk_mb` what the run folder will hold at most, checkpoints included.
+    """
+    samples, per_request = recipe.completions.samples, recipe.eval.latency_rows + 1 if recipe.eval.latency_rows else 0
+    train, validation, evaluated = (len(rows.pairs[split]) for split in ("train", "validation", "eval"))
+    prompt = sum(len(p.student) for p in rows.pairs["train"]) / train
+    length = prompt + s.answer_tokens - 1
+    c = recipe.train
+    stages = {
+        "gate": 2 * s.context + evaluated * (2 * s.answer + s.student),
+        "label": s.context + (train + validation) * samples * s.answer,
+        "train": c.epochs * train * samples * length * s.train
+        + (c.epochs + 1) * validation * samples * length * s.forward,
+        "evaluate": evaluated * s.student * (s.train / (3 * s.forward) if s.forward else 1.0)
+        + per_request * (s.context + ARMS_TIMED * s.request),
+    }
+    seconds = sum(stages.values())
+    adapter = adapter_bytes(recipe, lm)
+    supervised = (train + validation) * samples * s.answer_tokens + evaluated * s.answer_tokens
+    checkpoints = min(2, c.epochs * train * samples // (c.batch_size * c.checkpoint_every)) if c.checkpoint_every else 0
+    disk = supervised * target_bytes(recipe, lm) + adapter * (2 + 3 * checkpoints)
+    hourly = recipe.cost.machine_hour
+    return {
+        "seconds": seconds,
+        "stages": stages,
+        "memory_mb": s.memory_mb,
+        "disk_mb": disk / 2**20,
+        "answer_tokens": s.answer_tokens,
+        "cost": seconds / 3600 * hourly if hourly else None,
+    }
+
+
+def adapter_bytes(recipe: Recipe, lm: LM) -> int:
+    """Size of the adapter's tensors."""
+    lm.add_adapter(recipe.lora, recipe.train.seed)
+    try:
+        return sum(p.numel() * p.element_size() for p in lm.trainable().values())
+    finally:
+        lm.remove_adapter()
+
+
+def target_bytes(recipe: Recipe, lm: LM) -> int:
+    """Bytes of a supervised token's target on disk, its id included."""
+    head: torch.Tensor = lm.model.get_output_embeddings().weight  # [V, d]
+    kind = recipe.targets.kind
+    if kind == "topk":
+        return 8 * min(recipe.targets.k, head.shape[0] - 1) + 4
+    return (4 * head.shape[0] if kind == "full" else head.element_size() * head.shape[1]) + 4

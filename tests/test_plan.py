@@ -1,0 +1,99 @@
+"""The plan: predicted from speeds by hand, and measured without a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from ctxdistill import pipeline
+from ctxdistill import plan as planning
+from ctxdistill.dataset import prepare
+from ctxdistill.plan import Speeds, predict
+from ctxdistill.recipe import Recipe
+
+SPEEDS = Speeds(
+    context=2.0, answer=0.5, student=0.25, request=0.125, train=0.003, forward=0.001, answer_tokens=5.0, memory_mb=77.0
+)
+
+
+@pytest.fixture
+def job(tmp_path: Path, llama: Path) -> Path:
+    (tmp_path / "model").symlink_to(llama, target_is_directory=True)
+    return tmp_path
+
+
+def recipe(job: Path, **changes: Any) -> Recipe:
+    return Recipe.from_dict(tiny.recipe_dict(job, **changes), base_dir=job)
+
+
+def test_the_prediction_is_made_of_the_speeds(job: Path) -> None:
+    r = recipe(job, completions={"max_new_tokens": 6, "samples": 2, "temperature": 1.0}, cost={"machine_hour": 36.0})
+    lm, _, rows = prepare(r)
+    train, validation = (len(rows.pairs[split]) for split in ("train", "validation"))
+    assert (train, validation, len(rows.pairs["eval"])) == (13, 3, 8)
+    prompts = sum(len(p.student) for p in rows.pairs["train"])
+    found = predict(r, lm, rows, SPEEDS)
+    length = prompts / 13 + 4
+    assert found["stages"] == pytest.approx(
+        {
+            "gate": 2 * 2.0 + 8 * (2 * 0.5 + 0.25),
+            "label": 2.0 + 16 * 2 * 0.5,
+            "train": 2 * 13 * 2 * length * 0.003 + 3 * 3 * 2 * length * 0.001,
+            "evaluate": 8 * 0.25 + 3 * (2.0 + 3 * 0.125),
+        }
+    )
+    assert found["seconds"] == pytest.approx(sum(found["stages"].values()))
+    assert found["cost"] == pytest.approx(found["seconds"] / 100)
+    assert found["memory_mb"] == 77.0
+    assert not hasattr(lm.model, "peft_config")
+
+
+@pytest.mark.parametrize("kind", ["hidden", "topk", "full"])
+def test_disk_is_what_a_run_then_holds(job: Path, kind: str) -> None:
+    r = recipe(job, targets={"kind": kind, "k": 8, "batch_size": 4}, gate={"on_fail": "warn"})
+    lm, _, rows = prepare(r)
+    run = pipeline.distill(r, job / "run")
+    files = list(run.path.rglob("*.safetensors"))
+    held = sum(f.stat().st_size for f in files)
+    targets = [line for f in files if f.parent.name == "targets" for line in [f.stat().st_size]]
+    assert targets
+    tokens = run.evaluation["training"]["supervised_tokens"] / 2 / 13  # of a completion, mean; two epochs, 13 rows
+    speeds = Speeds(*([1.0] * 6), tokens, 1.0)
+    said = predict(r, lm, rows, speeds)["disk_mb"] * 2**20
+    assert said == pytest.approx(held, rel=0.25)
+
+
+def test_measuring_leaves_the_model_as_it_was(job: Path) -> None:
+    r = recipe(job, train={"epochs": 1, "gradient_checkpointing": True, "batch_size": 4})
+    lm, prompter, rows = prepare(r)
+    before = {name: p.clone() for name, p in lm.model.named_parameters()}
+    speeds = planning.measure(r, lm, prompter, rows)
+    assert all(value > 0 for value in vars(speeds).values())
+    assert speeds.train > speeds.forward
+    after = dict(lm.model.named_parameters())
+    assert before.keys() == after.keys() and all(torch.equal(before[n], p) for n, p in after.items())
+    assert not lm.model.is_activation_checkpointing and lm.peft is None
+    assert not any(p.requires_grad for p in after.values())
+
+
+def test_the_batch_that_is_tried_is_the_longest(job: Path) -> None:
+    r = recipe(job)
+    lm, prompter, rows = prepare(r)
+    found = pipeline.make_examples(
+        r, lm, prompter, rows.pairs["train"][:2], pipeline.TargetStore(job / "t"), lambda *_: None
+    )
+    batch = planning.longest(r, rows.pairs["train"], [e.target for e in found])
+    lengths = sorted(len(p.student) for p in rows.pairs["train"])
+    assert [len(e.prompt) for e in batch] == lengths[-4:]
+
+
+def test_plan_and_gate_say_the_same_things(job: Path) -> None:
+    found = pipeline.plan(recipe(job))
+    assert found["rows"] == {"train": 13, "validation": 3, "eval": 8} and found["device"] == "cpu"
+    verdict = pipeline.gate(recipe(job, gate={"min_kl": 0.0, "min_gain": -1.0}))
+    assert set(verdict["estimate"]) < set(found)
+    assert verdict["estimate"]["disk_mb"] == pytest.approx(found["disk_mb"], rel=0.2)
