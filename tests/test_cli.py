@@ -110,7 +110,8 @@ def failing(error: BaseException) -> Callable[..., Any]:
 # -- streams and exit codes ------------------------------------------------------------------------------------------
 
 LINES = {
-    "demo": ["demo"], "init": ["init", "new.toml"], "gate": ["gate", "my.toml"], "plan": ["plan", "my.toml"], "show": ["show", "my.toml"],
+    "demo": ["demo"], "init": ["init", "new.toml"], "gate": ["gate", "my.toml"],
+    "plan": ["plan", "my.toml"], "show": ["show", "my.toml"],
     "show a run": ["show", "run"], "distill": ["distill", "my.toml", "train.lr=1e-4"], "evaluate": ["evaluate", "run"],
     "try": ["try", "run", "hello"],
 }  # fmt: skip

