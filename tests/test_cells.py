@@ -10,16 +10,18 @@ import torch
 
 import tiny
 from ctxdistill import losses
-from ctxdistill.cells import NOTHING, Bench, examples, fitted, focused, judge, run_cell, teach
+from ctxdistill.arms import ARMS, Arm
+from ctxdistill.cells import NOTHING, Bench, examples, judge, run_cell
 from ctxdistill.draws import Draw
 from ctxdistill.errors import DataError, FitError
-from ctxdistill.grid import ARMS, Arm, Study
+from ctxdistill.grid import Study
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection
 from ctxdistill.rows import Row
 from ctxdistill.rundir import RunDir
 from ctxdistill.targets import point_mass
 from ctxdistill.tasks import TASKS, Pattern
+from ctxdistill.teachers import fitted, focused, teach
 
 WORDS = {"HUM": "who", "LOC": "city", "NUM": "two"}  # several tokens each for a byte tokenizer
 PATTERN = Pattern("Q: {text}\nA:", WORDS, instruction="Name the kind.", student_instruction="Kind?")

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from ctxdistill.arms import ARMS, CONTROLS, Arm
 from ctxdistill.errors import RecipeError
-from ctxdistill.grid import ARMS, CONTROLS, Arm, Study, cell_key, model_label
+from ctxdistill.grid import Study, cell_key, model_label
 
 ROOT = Path(__file__).parents[1]
 

@@ -270,7 +270,8 @@ def study(
 
     Example: ctxdistill study recipes/small.toml tasks.root=data --out runs/small
     """
-    from ctxdistill.grid import ARMS, CONTROLS, Study
+    from ctxdistill.arms import ARMS, CONTROLS
+    from ctxdistill.grid import Study
     from ctxdistill.tasks import TASKS
 
     if tasks:

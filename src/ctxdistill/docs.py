@@ -18,8 +18,9 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ctxdistill.arms import ARMS, CONTROLS, Arm
 from ctxdistill.cli import app
-from ctxdistill.grid import ARMS, CONTROLS, Arm, Study
+from ctxdistill.grid import Study
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import write_atomic
 from ctxdistill.tasks import TASKS

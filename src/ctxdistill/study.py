@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from ctxdistill import study_report
+from ctxdistill.arms import Arm
 from ctxdistill.cells import Bench, run_cell
 from ctxdistill.draws import Draw, draw, held_out, without
 from ctxdistill.errors import CtxDistillError, FitError, ModelError
-from ctxdistill.grid import Arm, Cell, Study, cell_key, model_label
+from ctxdistill.grid import Cell, Study, cell_key, model_label
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection
 from ctxdistill.retention import Format, format_following, formats, perplexity, texts
