@@ -3,8 +3,9 @@
 In: token ids. Out: final hidden states at the positions asked for, logits in fp32, generated ids. Invariants: there is
 one copy of the weights, frozen and without dropout; the teacher and the base model are this model with the adapter off,
 the student is it with the adapter on; only inside `all_weights`, for the study's fine-tuned arms, are the weights
-themselves trained, and they are put back at its end; a shared prefix is forwarded once and its key-value cache is never changed, only
-copied; scoring against it equals the full forward (`tests/test_lm.py` holds this for every supported architecture).
+themselves trained, and they are put back at its end; a shared prefix is forwarded once and its key-value cache is never
+changed: rows are packed behind it, and only generation copies it; scoring against it equals the full forward
+(`tests/test_lm.py` holds this for every supported architecture).
 
 Dimensions: B batch, L sequence, P prefix, T supervised positions, V vocabulary, d hidden size.
 """
@@ -297,7 +298,7 @@ class LM:
         for token, parent in tree:
             paths.append((*(paths[parent] if parent >= 0 else ()), token))
         rows = [((*ids, *path, PAD), 1) for ids in prompts for path in [(), *paths]]
-        found = torch.cat(self.hidden(rows, prefix))
+        found = torch.cat([h for i in range(0, len(rows), 32) for h in self.hidden(rows[i : i + 32], prefix)])
         return list(found.view(len(prompts), 1 + len(tree), -1))
 
     def _packed(

@@ -40,6 +40,10 @@ class Example:
     target: Target
 
 
+Stats = dict[str, torch.Tensor]
+"""Sums over the positions of a step, by name."""
+
+
 @dataclass
 class State:
     """Where training stands; with the adapter and the optimizer's moments, all that a checkpoint holds."""
@@ -56,7 +60,7 @@ class State:
 
 
 def position_loss(
-    lm: LM, targets: Sequence[Target], section: TrainSection, stats: dict[str, float] | None = None
+    lm: LM, targets: Sequence[Target], section: TrainSection, stats: Stats | None = None
 ) -> Callable[[torch.Tensor, slice], torch.Tensor]:
     """The loss at each supervised position, as a function of the student's hidden states [p, d] there.
 
@@ -81,23 +85,27 @@ def position_loss(
             with torch.no_grad():
                 # named by what it is: `kl` in the log is always KL(teacher || student)
                 name = "kl" if section.loss == "forward_kl" and section.temperature == 1 else section.loss
-                stats[name] = stats.get(name, 0.0) + divergence.sum().item()
+                add(stats, name, divergence)
                 if teacher is not None:
-                    stats["teacher_entropy"] = stats.get("teacher_entropy", 0.0) + losses.entropy(teacher).sum().item()
-                stats["student_entropy"] = stats.get("student_entropy", 0.0) + losses.entropy(student).sum().item()
+                    add(stats, "teacher_entropy", losses.entropy(teacher))
+                add(stats, "student_entropy", losses.entropy(student))
         if section.ce_weight == 0:
             return divergence
         ce = losses.cross_entropy(student, ids[where])
         if stats is not None:
-            stats["ce"] = stats.get("ce", 0.0) + ce.detach().sum().item()
+            add(stats, "ce", ce)
         return (1 - section.ce_weight) * divergence + section.ce_weight * ce
 
     return loss
 
 
-def batch_loss(
-    lm: LM, batch: Sequence[Example], section: TrainSection, stats: dict[str, float] | None = None
-) -> torch.Tensor:
+def add(stats: Stats, name: str, values: torch.Tensor) -> None:
+    """Add to a sum that stays on the device: to read it in every chunk would make an accelerator wait."""
+    total = values.detach().sum()
+    stats[name] = stats[name] + total if name in stats else total
+
+
+def batch_loss(lm: LM, batch: Sequence[Example], section: TrainSection, stats: Stats | None = None) -> torch.Tensor:
     """Sum of the loss over all supervised positions of `batch`, from one student forward."""
     hidden = torch.cat(lm.hidden([join(e.prompt, e.target.ids) for e in batch]))  # [P, d]
     loss = position_loss(lm, [e.target for e in batch], section, stats)
@@ -187,21 +195,24 @@ def train(
             group["lr"] = rate
         torch.manual_seed(section.seed * 1_000_003 + state.step)  # dropout, if any
         optimizer.zero_grad()
-        total, stats = 0.0, dict[str, float]()
+        sums = Stats()
         for i in range(0, len(mine), micro):
-            loss = batch_loss(lm, mine[i : i + micro], section, stats) / tokens
+            loss = batch_loss(lm, mine[i : i + micro], section, sums) / tokens
             accelerator.backward(loss)
-            total += loss.item()
+            add(sums, "loss", loss)
         if world > 1:
             for parameter in parameters.values():
                 parameter.grad = accelerator.reduce(
                     parameter.grad if parameter.grad is not None else torch.zeros_like(parameter), "sum"
                 )
             # one tensor of a fixed length: a process without a row in this step must take part all the same
-            names = ("kl", "reverse_kl", "jsd", "forward_kl", "ce", "teacher_entropy", "student_entropy")
-            sums = torch.tensor([total, *(stats.get(name, 0.0) for name in names)], device=accelerator.device)
-            total, *values = accelerator.reduce(sums, "sum").tolist()
-            stats = {name: value for name, value in zip(names, values, strict=True) if name in stats}
+            names = ("loss", "kl", "reverse_kl", "jsd", "forward_kl", "ce", "teacher_entropy", "student_entropy")
+            values = torch.stack([sums.get(name, torch.zeros((), device=lm.device)).float() for name in names])
+            sums = {
+                n: v for n, v in zip(names, accelerator.reduce(values, "sum"), strict=True) if n == "loss" or n in sums
+            }
+        stats = {name: float(value) for name, value in sums.items()}
+        total = stats.pop("loss", 0.0)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), section.clip))
         check_step(state.step + 1, total, norm, batch)
         optimizer.step()
