@@ -124,7 +124,7 @@ def test_tables_and_the_gate() -> None:
     def verdict(zero: float, kl: float) -> dict[str, Any]:
         base = [score("zero_shot", i, float(np.floor(zero * (i + 1)) > np.floor(zero * i)), kl) for i in rows]
         found = {"zero_shot": base, "in_context": scores["in_context"]}
-        return gate_verdict(found, [FakePair()] * 60, FakeLM(), recipe, {})  # type: ignore[list-item, arg-type]
+        return gate_verdict(found, [FakePair()] * 60, FakeLM(), recipe)  # type: ignore[list-item, arg-type]
 
     assert verdict(0.0, 2.0)["verdict"] == "teach"
     assert verdict(0.0, 2.0)["context_tokens"] == 15

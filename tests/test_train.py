@@ -169,7 +169,7 @@ def test_gradient_checkpointing_changes_nothing(ready: Ready, tmp_path: Path) ->
         train(lm, examples, [], section, RunDir(tmp_path / f"run{on}"))
         losses.append([line["loss"] for line in RunDir(tmp_path / f"run{on}").read_jsonl("metrics.jsonl")])
         lm.peft.unload()
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # checkpointed rows are padded, the others packed
 
 
 def test_training_lowers_the_kl_and_leaves_the_base_alone(ready: Ready, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
 from ctxdistill.targets import captured_mass
 from ctxdistill.train import Example, State
+from ctxdistill.weights import give_back_memory
 
 
 def summary(
@@ -220,6 +221,7 @@ class Peak:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return self
+        give_back_memory()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # see proc(5): the peak starts again from what is in use now
             _resident_peak()

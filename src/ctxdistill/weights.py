@@ -47,6 +47,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def give_back_memory() -> None:
+    """Give what is kept but not in use back to the system, so that what is resident is what is used."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is the first accelerator there is, else the CPU."""
     if name == "auto":
