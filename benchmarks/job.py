@@ -183,7 +183,7 @@ def floor(model: str, tokens: int) -> dict[str, Any]:
     answers = [prompter.completion(p.answer or "") for p in pairs]
     context = len(common_prefix([p.teacher for p in pairs]))
     template = len(common_prefix([p.student for p in pairs]))
-    blocks = [lm.model.get_submodule(name).get_base_layer().weight for name in linear_layers(lm.model)[0]]
+    blocks = [lm.model.get_submodule(name).weight for name in linear_layers(lm.model)[0] if "lora_" not in name]
     head = lm.model.get_output_embeddings().weight
     per_batch = BATCH * sum(len(p.student) - template + len(a) - 1 for p, a in zip(pairs, answers, strict=True)) // ROWS
     block_rate, head_rate = rate(blocks, template + per_batch), rate([head], sum(map(len, answers)) // ROWS * BATCH)
