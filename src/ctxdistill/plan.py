@@ -57,12 +57,12 @@ def measure(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> Speeds:
     with tempfile.TemporaryDirectory() as folder, Peak(lm.device) as peak:
         with torch.no_grad(), lm.adapter(False):
             lm.head(torch.cat(lm.hidden([((*p.student, 0), 1) for p in pairs])))  # warm up
-            _, context = timed(lambda: lm.prefix([p.teacher for p in pairs]))
-        made, answers = timed(lambda: label(lm, prompter, pairs, recipe, TargetStore(Path(folder) / "a")))
+            _, context = clocked(lambda: lm.prefix([p.teacher for p in pairs]))
+        made, answers = clocked(lambda: label(lm, prompter, pairs, recipe, TargetStore(Path(folder) / "a")))
         given = teacher_targets(lm, prompter, evaluated, recipe, TargetStore(Path(folder) / "b"))
-        _, scored = timed(lambda: score_arm("zero_shot", lm, prompter, evaluated, given, recipe))
+        _, scored = clocked(lambda: score_arm("zero_shot", lm, prompter, evaluated, given, recipe))
         limit = recipe.eval.max_new_tokens
-        _, request = timed(lambda: lm.generate([evaluated[0].student], max_new_tokens=limit, ends=prompter.ends))
+        _, request = clocked(lambda: lm.generate([evaluated[0].student], max_new_tokens=limit, ends=prompter.ends))
         targets = [target for found in made for target in found]
         train, forward = step(recipe, lm, longest(recipe, rows.pairs["train"], targets))
     count = len(targets)
@@ -103,10 +103,10 @@ def step(recipe: Recipe, lm: LM, batch: Sequence[Example]) -> tuple[float, float
             optimizer.zero_grad()
 
         whole()
-        _, train = timed(whole)
+        _, train = clocked(whole)
         lm.training(False)
         with torch.no_grad():
-            _, forward = timed(lambda: batch_loss(lm, batch, recipe.train))
+            _, forward = clocked(lambda: batch_loss(lm, batch, recipe.train))
     finally:
         if recipe.train.gradient_checkpointing:
             lm.model.activation_checkpointing_disable()
@@ -115,7 +115,7 @@ def step(recipe: Recipe, lm: LM, batch: Sequence[Example]) -> tuple[float, float
     return train / tokens, forward / tokens
 
 
-def timed(work: Any) -> tuple[Any, float]:
+def clocked(work: Any) -> tuple[Any, float]:
     """What `work` returns, and the seconds that it took."""
     started = time.perf_counter()
     found = work()
