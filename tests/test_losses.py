@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctxdistill.losses import LOSSES, chunked, cross_entropy, divergence, entropy, topk_divergence
+from ctxdistill.losses import LOSSES, _kl, chunked, cross_entropy, divergence, entropy, log_softmax, topk_divergence
 
 KINDS = sorted(LOSSES)
 EPS = float(torch.finfo(torch.float32).eps)
@@ -277,20 +277,58 @@ def test_cross_entropy_is_forward_kl_to_a_point_mass() -> None:
     student, ids = logits(5, 40), torch.tensor([3, 1, 4, 1, 5])
     point = torch.full((5, 40), -math.inf)
     point[torch.arange(5), ids] = 0.0
-    torch.testing.assert_close(cross_entropy(student, ids), divergence("forward_kl", point, student))
+    found = cross_entropy(log_softmax(student), ids)
+    torch.testing.assert_close(found, divergence("forward_kl", point, student))
     want = [-math.log(distribution(row, 1.0)[i]) for row, i in zip(student, ids, strict=True)]
-    assert cross_entropy(student, ids).tolist() == pytest.approx(want, rel=1e-5)
-    rounded = student.bfloat16()
-    torch.testing.assert_close(cross_entropy(rounded, ids), cross_entropy(rounded.float(), ids), rtol=0, atol=0)
+    assert found.tolist() == pytest.approx(want, rel=1e-5)
 
 
 def test_entropy() -> None:
-    assert entropy(torch.zeros(2, 3, 8)).tolist() == [[pytest.approx(math.log(8))] * 3] * 2
-    assert entropy(torch.tensor([0.0, 0.0, -math.inf])).item() == pytest.approx(math.log(2))
-    assert entropy(torch.tensor([500.0, 0.0])).item() == 0
+    def of(logits: Tensor) -> Tensor:
+        return entropy(log_softmax(logits))
+
+    assert of(torch.zeros(2, 3, 8)).tolist() == [[pytest.approx(math.log(8))] * 3] * 2
+    assert of(torch.tensor([0.0, 0.0, -math.inf])).item() == pytest.approx(math.log(2))
+    assert of(torch.tensor([500.0, 0.0])).item() == 0
+    assert of(torch.tensor([0.0, math.nan])).isnan()
     p = distribution(logits(50), 1.0)
-    assert entropy(logits(50)).item() == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
-    assert entropy(logits(3, 50).bfloat16()).dtype == torch.float32
+    assert of(logits(50)).item() == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
+    assert of(logits(3, 50).bfloat16()).dtype == torch.float32
+
+
+# -- forward KL with its own gradient ---------------------------------------------------------------------------------
+
+
+def test_forward_kl_is_the_plain_one_in_value_and_gradient() -> None:
+    teacher, start = logits(6, 300, seed=1), logits(6, 300, seed=2)
+    teacher[1, :7] = -math.inf  # only the teacher excludes these
+    teacher[2, 5:9] = start[2, 5:9] = -math.inf  # both
+    upstream = torch.linspace(-1, 2, 6)
+    found = []
+    for function in (LOSSES["forward_kl"].function, _kl):
+        student = start.clone().requires_grad_()
+        value = function(log_softmax(teacher), log_softmax(student))
+        (gradient,) = torch.autograd.grad(value @ upstream, student)
+        found.append((value.detach(), gradient))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+
+
+def test_forward_kl_gradcheck() -> None:
+    teacher, student = logits(3, 9, seed=1).double(), logits(3, 9, seed=2).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: divergence("forward_kl", teacher, s, 1.7), (student,))
+
+
+def test_forward_kl_hides_no_nan_and_no_infinity() -> None:
+    teacher, student = logits(4, 9, seed=1), logits(4, 9, seed=2)
+    teacher[0, 3], student[1, 3], student[2, 3] = math.nan, math.nan, -math.inf
+    value = divergence("forward_kl", teacher, student)
+    assert value.isnan().tolist() == [True, True, False, False]
+    assert value.isinf().tolist() == [False, False, True, False]
+
+
+def test_forward_kl_has_a_gradient_for_the_teacher_where_one_is_wanted() -> None:
+    teacher, student = logits(3, 9, seed=1).double().requires_grad_(), logits(3, 9, seed=2).double()
+    assert torch.autograd.gradcheck(lambda t: divergence("forward_kl", t, student), (teacher,))
 
 
 # -- chunks -----------------------------------------------------------------------------------------------------------

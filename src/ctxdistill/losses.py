@@ -54,10 +54,39 @@ def _log_mean_exp(gap: Tensor) -> Tensor:
     return gap.relu() + torch.log1p(torch.expm1(-gap.abs()) / 2)
 
 
+class _ForwardKL(torch.autograd.Function):
+    """`_kl` for a fixed teacher, in a third of the passes over memory: in place, and its gradient by the formula."""
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
+        p = log_p.exp()  # [..., V]
+        value = _expectation(p, log_p - log_q)
+        ctx.save_for_backward(p)
+        return value.masked_fill_(log_q.sum(-1).isnan(), math.nan)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
+        (p,) = ctx.saved_tensors
+        return None, p * -upstream[..., None]
+
+
+def _expectation(p: Tensor, x: Tensor) -> Tensor:
+    """sum_v p_v x_v, [..., V] -> [...]; an infinite x_v counts only where p_v > 0. `x` is written over."""
+    x.mul_(p).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    return x.sum(-1).masked_fill_(p.sum(-1).isnan(), math.nan)
+
+
+def _forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    if log_p.requires_grad:
+        return _kl(log_p, log_q)
+    return _ForwardKL.apply(log_p, log_q)  # type: ignore[no-any-return,no-untyped-call]
+
+
 LOSSES: dict[str, Divergence] = {
     loss.name: loss
     for loss in (
-        Divergence("forward_kl", "KL(teacher || student) = sum_v p_v (log p_v - log q_v)", _kl),
+        Divergence("forward_kl", "KL(teacher || student) = sum_v p_v (log p_v - log q_v)", _forward_kl),
         Divergence("reverse_kl", "KL(student || teacher) = sum_v q_v (log q_v - log p_v)", _reverse_kl),
         Divergence("jsd", "JSD = KL(teacher || m) / 2 + KL(student || m) / 2, m = (teacher + student) / 2", _jsd),
     )
@@ -80,8 +109,20 @@ def divergence(kind: str, teacher_logits: Tensor, student_logits: Tensor, temper
     if teacher_logits.shape != student_logits.shape:
         shapes = f"teacher {tuple(teacher_logits.shape)}, student {tuple(student_logits.shape)}"
         raise ValueError(f"expected logits of the same shape, found {shapes}")
-    value = LOSSES[kind].function(_log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature))
-    return value * temperature**2
+    return of_logprobs(
+        kind, log_softmax(teacher_logits, temperature), log_softmax(student_logits, temperature), temperature
+    )
+
+
+def of_logprobs(kind: str, log_p: Tensor, log_q: Tensor, temperature: float = 1.0) -> Tensor:
+    """`divergence`, from log-probabilities [..., V] of teacher and student that are softened already."""
+    return LOSSES[kind].function(log_p, log_q) * temperature**2
+
+
+def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities [..., V] in fp32 (fp64 for fp64 inputs)."""
+    x = _at_least_fp32(logits)
+    return (x if temperature == 1 else x / temperature).log_softmax(-1)
 
 
 def topk_divergence(
@@ -106,7 +147,7 @@ def topk_divergence(
             f"top-k targets work at temperature 1 only, found {temperature}: the tail is one number, and cannot be "
             "softened without its single tokens; use targets.kind = 'hidden' or 'full'"
         )
-    log_q = _log_softmax(student_logits, 1.0)  # [P, V]
+    log_q = log_softmax(student_logits, 1.0)  # [P, V]
     log_p = _at_least_fp32(teacher_topk_logprobs)  # [P, K]
     kept = log_q.gather(-1, topk_ids)  # [P, K]
     if topk_ids.shape[-1] == log_q.shape[-1]:
@@ -124,15 +165,15 @@ def topk_divergence(
     return LOSSES[kind].function(teacher, student)
 
 
-def cross_entropy(student_logits: Tensor, ids: Tensor) -> Tensor:
-    """-log q(ids), from logits [P, V] and ids [P] int64 -> [P] in fp32."""
-    return -_log_softmax(student_logits, 1.0).gather(-1, ids[:, None])[:, 0]
+def cross_entropy(logprobs: Tensor, ids: Tensor) -> Tensor:
+    """-log q(ids), from log-probabilities [P, V] and ids [P] int64 -> [P]."""
+    return -logprobs.gather(-1, ids[:, None])[:, 0]
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats at each position, [..., V] -> [...] in fp32."""
-    log_p = _log_softmax(logits, 1.0)
-    return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(-1)
+def entropy(logprobs: Tensor) -> Tensor:
+    """Entropy in nats at each position, from log-probabilities [..., V] -> [...], without a gradient."""
+    with torch.no_grad():
+        return -_expectation(logprobs.exp(), logprobs.clone())
 
 
 def chunked(fn: Callable[[Tensor, slice], Tensor], hidden: Tensor, *, chunk: int) -> tuple[Tensor, Tensor]:
@@ -192,11 +233,6 @@ def _cat(values: list[Tensor], like: Tensor) -> Tensor:
 
 def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    x = _at_least_fp32(logits)
-    return (x if temperature == 1 else x / temperature).log_softmax(-1)
 
 
 def _logsumexp(x: Tensor) -> Tensor:

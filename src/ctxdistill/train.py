@@ -40,6 +40,9 @@ class Example:
     target: Target
 
 
+LOGITS = 2**22
+"""Logits of a chunk of the loss on a CPU: 16 MB in fp32, which stay in its cache between the passes over them. An
+accelerator gets 16 times as many."""
 Stats = dict[str, torch.Tensor]
 """Sums over the positions of a step, by name."""
 
@@ -71,24 +74,29 @@ def position_loss(
     }  # [P, ...]
     ids = torch.tensor([i for t in targets for i in t.ids], device=lm.device)  # [P]
 
+    soft = section.temperature
+
     def loss(hidden: torch.Tensor, where: slice) -> torch.Tensor:
-        student = lm.head(hidden)  # [p, V]
+        logits = lm.head(hidden)  # [p, V]
+        student = losses.log_softmax(logits)  # [p, V]
+        teacher = None
         if "topk_ids" in kept:
             values, index = kept["topk_logprobs"][where], kept["topk_ids"][where].long()
-            divergence = losses.topk_divergence(section.loss, values, index, student, section.temperature)
-            teacher = None
+            divergence = losses.topk_divergence(section.loss, values, index, student, soft)
         else:
             with torch.no_grad():
-                teacher = kept["logprobs"][where] if "logprobs" in kept else lm.head(kept["hidden"][where])  # [p, V]
-            divergence = losses.divergence(section.loss, teacher, student, section.temperature)
+                theirs = kept["logprobs"][where] if "logprobs" in kept else lm.head(kept["hidden"][where])  # [p, V]
+                teacher = losses.log_softmax(theirs)  # [p, V]
+            if soft == 1:
+                divergence = losses.of_logprobs(section.loss, teacher, student)
+            else:
+                divergence = losses.divergence(section.loss, theirs, logits, soft)
         if stats is not None:
-            with torch.no_grad():
-                # named by what it is: `kl` in the log is always KL(teacher || student)
-                name = "kl" if section.loss == "forward_kl" and section.temperature == 1 else section.loss
-                add(stats, name, divergence)
-                if teacher is not None:
-                    add(stats, "teacher_entropy", losses.entropy(teacher))
-                add(stats, "student_entropy", losses.entropy(student))
+            # named by what it is: `kl` in the log is always KL(teacher || student)
+            add(stats, "kl" if section.loss == "forward_kl" and soft == 1 else section.loss, divergence)
+            add(stats, "student_entropy", losses.entropy(student))
+            if teacher is not None:
+                add(stats, "teacher_entropy", losses.entropy(teacher))
         if section.ce_weight == 0:
             return divergence
         ce = losses.cross_entropy(student, ids[where])
@@ -111,7 +119,8 @@ def batch_loss(lm: LM, batch: Sequence[Example], section: TrainSection, stats: S
     loss = position_loss(lm, [e.target for e in batch], section, stats)
     if lm.trains_head:  # its gradient needs all logits at once
         return loss(hidden, slice(None)).sum()
-    chunk = max(16, 2**24 // lm.model.config.get_text_config().vocab_size)  # 64 MB of fp32 logits at a time
+    at_once = LOGITS if lm.device.type == "cpu" else 16 * LOGITS
+    chunk = max(16, at_once // lm.model.config.get_text_config().vocab_size)
     total, _ = losses.chunked(loss, hidden, chunk=chunk)
     return total
 
