@@ -124,6 +124,7 @@ def _presets() -> dict[str, Arm]:
         ),
         "ft_lora_many": Arm(
             label="fine-tuned, LoRA, all demonstrations", family="finetune", context="many", targets="gold",
+            train={"epochs": 8},  # more rows in an epoch than one set has
             about="a LoRA adapter fine-tuned on the demonstrations of all contexts: the labels that many contexts need",
         ),
         "cd_one": Arm(label="distilled, one context", about=f"LoRA student of the teacher with {demos}"),

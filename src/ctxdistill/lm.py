@@ -4,7 +4,7 @@ In: token ids. Out: final hidden states at the positions asked for, logits in fp
 one copy of the weights, frozen and without dropout; the teacher and the base model are this model with the adapter off,
 the student is it with the adapter on; only inside `all_weights`, for the study's fine-tuned arms, are the weights
 themselves trained, and they are put back at its end; a shared prefix is forwarded once and its key-value cache is never
-changed: rows are packed behind it, and only generation copies it; scoring against it equals the full forward
+changed: rows are packed or written behind it; scoring against it equals the full forward
 (`tests/test_lm.py` holds this for every supported architecture).
 
 Dimensions: B batch, L sequence, P prefix, T supervised positions, V vocabulary, d hidden size.
@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ctxdistill.errors import FitError, ModelError, RunError
 from ctxdistill.fused import fuse
-from ctxdistill.packing import CannotPackError, Tree, pack, packed
+from ctxdistill.packing import Behind, CannotPackError, Tree, pack, packed
 from ctxdistill.recipe import LoraSection, ModelSection
 from ctxdistill.rundir import fingerprint
 from ctxdistill.weights import (
@@ -51,7 +51,7 @@ PAD = 0  # padding is masked everywhere, so any id that has an embedding will do
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     """A cache layer with room at its end: a new token is written in place, where `DynamicLayer` copies the whole past
-    for each. Starts from a shared prefix, which is copied once per batch and never written to."""
+    for each. May start from a copy of a shared prefix, for models that cannot attend to the prefix itself."""
 
     room = 64
 
@@ -362,17 +362,18 @@ class LM:
         bodies = [list(ids[start:]) for ids in prompts]
         length = max(map(len, bodies))
         ids = torch.tensor([[PAD] * (length - len(b)) + b for b in bodies], device=self.device)  # [B, L]
-        mask = torch.tensor([[1] * start + [0] * (length - len(b)) + [1] * len(b) for b in bodies], device=self.device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]  # [B, L]
-        cache = prefix.cache(len(prompts)) if prefix else DynamicCache(config=self.model.config)
-        sharable = all(type(layer) in (DynamicLayer, RoomyLayer) for layer in cache.layers)
+        mask = torch.tensor([[0] * (length - len(b)) + [1] * len(b) for b in bodies], device=self.device)  # [B, L]
+        positions = start + (mask.cumsum(1) - 1).clamp(min=0)  # [B, L]
+        cache = self._row_caches(prefix, len(prompts))
+        sharable = all(type(layer) is RoomyLayer for layer in cache.layers)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds] if temperature > 0 else []
         written: list[list[int]] = [[] for _ in prompts]
         alive = list(range(len(prompts)))  # rows of the batch that still write
         for _ in range(max_new_tokens):
-            out = self._backbone(
-                input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
-            )
+            with self._behind(prefix, mask, ids.shape[1]) as seen:
+                out = self._backbone(
+                    input_ids=ids, attention_mask=seen, position_ids=positions, cache=cache, use_cache=True
+                )
             logits = self.head(out.last_hidden_state[:, -1])  # [B, V]
             if temperature > 0:
                 probabilities = (logits / temperature).softmax(-1).cpu()  # [B, V]
@@ -399,6 +400,28 @@ class LM:
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
             positions = positions[:, -1:] + 1
         return written
+
+    def _row_caches(self, prefix: Prefix | None, batch: int) -> DynamicCache:
+        """A cache for each of `batch` rows: empty, where the prefix can stay where it is, or with a copy of it."""
+        if prefix and not self.can_pack:
+            return prefix.cache(batch)
+        cache = DynamicCache(config=self.model.config)
+        if self.can_share:
+            cache.layers = [RoomyLayer() for _ in cache.layers]
+        return cache
+
+    @contextlib.contextmanager
+    def _behind(self, prefix: Prefix | None, mask: torch.Tensor, new: int) -> Iterator[torch.Tensor | None]:
+        """Inside, the last `new` tokens of rows see the prefix and what `mask` [B, L] lets them see of their own row;
+        gives the mask that the model is to be called with."""
+        if not prefix or not self.can_pack:
+            yield torch.cat([mask.new_ones(len(mask), len(prefix.ids)), mask], 1) if prefix else mask
+            return
+        length = mask.shape[1]
+        later = torch.ones(new, length, dtype=torch.bool, device=mask.device).triu(length - new + 1)  # [M, L]
+        hidden = (mask == 0)[:, None] | later  # [B, M, L]
+        with packed(self.model.config.get_text_config(), Behind(prefix.layers, hidden[None, :, None])):
+            yield None
 
     # -- the adapter --------------------------------------------------------------------------------------------------
 

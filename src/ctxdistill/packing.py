@@ -114,11 +114,21 @@ def pack(
     )
 
 
-_pack: contextvars.ContextVar[Pack] = contextvars.ContextVar("pack")
+@dataclass(frozen=True)
+class Behind:
+    """Rows of a batch, each with a cache of its own, that write on behind a shared start that is there once."""
+
+    cached: Layers
+    """Keys and values [1, K, C, D] of the shared start in each layer."""
+    hidden: torch.Tensor
+    """[1, R, 1, M, L]: which of its L own keys, padding among them, each of a row's M new tokens must not see."""
+
+
+_pack: contextvars.ContextVar[Pack | Behind] = contextvars.ContextVar("pack")
 
 
 @contextlib.contextmanager
-def packed(config: Any, layout: Pack) -> Iterator[None]:
+def packed(config: Any, layout: Pack | Behind) -> Iterator[None]:
     """Inside, the model of `config` attends as `layout` says."""
     before, token = config._attn_implementation, _pack.set(layout)
     config._attn_implementation = NAME
@@ -139,7 +149,8 @@ def attention(
     dropout: float = 0.0,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a packed sequence: query [1, H, S, D], key and value [1, K, S, D] -> [1, S, H, D].
+    """Attention of a packed sequence: query [1, H, S, D], key and value [1, K, S, D] -> [1, S, H, D]; or of rows that
+    are `Behind` something: query [R, H, M, D], key and value [R, K, L, D] -> [R, M, H, D].
 
     Two small products take the place of one with a mask of S x S: all tokens with the shared start, and each row with
     itself. Query heads of one key-value head are laid side by side, so that no key is copied.
@@ -153,6 +164,11 @@ def attention(
     (heads, size), kv = query.shape[1::2], key.shape[1]
     query = query * scale
     group = heads // kv
+    if isinstance(p, Behind):
+        start_k, start_v = p.cached[module.layer_idx]
+        q = query.view(len(query), kv, group, -1, size).transpose(0, 1)  # [K, R, G, M, D]
+        made = _behind(q, key.transpose(0, 1), value.transpose(0, 1), start_k[0], start_v[0], p.hidden, dropout)
+        return made.permute(1, 3, 0, 2, 4).reshape(len(query), -1, heads, size), None
     out: list[torch.Tensor] = []
     shared: tuple[torch.Tensor, torch.Tensor] | None = None
     if p.cached:
@@ -208,7 +224,7 @@ def _behind(
     """`_attend` in pieces whose scores fit the processor's cache; where a gradient would have to keep many of them, they
     are computed again in the backward pass."""
     _, rows, _, longest, _ = q.shape
-    width = q[:, 0, :, 0, 0].numel() * (longest + start_k.shape[1])  # scores of one query position in all heads
+    width = q[:, 0, :, 0, 0].numel() * (k.shape[2] + start_k.shape[1])  # scores of one query position in all heads
     at_once = CACHE if q.device.type == "cpu" else 64 * CACHE
     some = max(1, at_once // (width * longest))
     positions = longest if some > 1 else max(16, at_once // width)

