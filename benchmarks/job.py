@@ -8,7 +8,8 @@ the teacher, forward and activation gradients for the student, adapter and heads
 matrices multiply on this machine in this run.
 
 The first losses of `ours` and `naive` must agree: they train on the same rows in the same order. TRL (pip install trl==1.16.0)
-samples its completions on policy and takes one epoch of 8 steps; compare seconds per step. Prints a table, and JSON with --json.
+samples its completions on policy and takes one epoch of 8 steps; compare seconds per step. Before its clock starts, `ours` says
+with `plan` how long it will take. Prints a table, and JSON with --json.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from typing import Any
 import torch
 
 from ctxdistill import losses
+from ctxdistill import plan as planning
 from ctxdistill.accounts import Peak, forward_flops, training_flops
+from ctxdistill.dataset import Data
 from ctxdistill.lm import LM, common_prefix, linear_layers
 from ctxdistill.prompts import Context, Prompter
 from ctxdistill.recipe import DataSection, ModelSection, Recipe
@@ -77,8 +80,11 @@ def setting(model: str, tokens: int) -> tuple[LM, Recipe, Prompter]:
 
 
 def ours(model: str, tokens: int) -> dict[str, Any]:
-    """Label, then train, as `ctxdistill run` does, files included."""
+    """Label, then train, as `ctxdistill distill` does, files included; what `plan` says of it comes first."""
     lm, recipe, prompter = setting(model, tokens)
+    lm.remove_adapter()
+    planned = plan(lm, recipe, prompter)
+    lm.add_adapter(recipe.lora, recipe.train.seed)
     with tempfile.TemporaryDirectory() as folder, Peak(lm.device) as peak:
         run = RunDir(folder)
         started = time.perf_counter()
@@ -93,8 +99,17 @@ def ours(model: str, tokens: int) -> dict[str, Any]:
     supervised = sum(len(e.target.ids) for e in examples)
     return {
         "seconds": total, "teacher": teacher, "rest": total - teacher, "steps": state.step, "peak_mb": peak.mb,
-        "first_loss": first, "bytes_per_supervised_token": stored / supervised,
+        "first_loss": first, "bytes_per_supervised_token": stored / supervised, "planned": planned,
     }  # fmt: skip
+
+
+def plan(lm: LM, recipe: Recipe, prompter: Prompter) -> float:
+    """Seconds of labelling and training, predicted."""
+    pairs = [prompter.pair(row, DataSection(data="given")) for row in rows()]
+    splits = {"train": pairs, "validation": [], "eval": pairs[:8]}
+    data = Data({name: ([], DataSection(data="given")) for name in splits}, splits, {})
+    stages = planning.predict(recipe, lm, data, planning.measure(recipe, lm, prompter, data))["stages"]
+    return float(stages["label"] + stages["train"])
 
 
 def naive(model: str, tokens: int) -> dict[str, Any]:
@@ -267,6 +282,9 @@ def table(prompt: str, found: dict[str, Any]) -> bool:
         # per step, since TRL takes half of the steps
         cells += [f"{step / (o['seconds'] / o['steps']):.2f}" if o else "" for o in (mine, least)]
         print(f"{system:8} " + " ".join(f"{c:>{w}}" for c, w in zip(cells, (8, 8, 8, 7, 8, 7, 8), strict=True)))
+    if mine:
+        error = mine["planned"] / mine["seconds"] - 1
+        print(f"plan: {mine['planned']:.1f} s predicted, {mine['seconds']:.1f} s taken: {error:+.0%}")
     if "naive" not in found or not mine:
         return True
     gap = abs(mine["first_loss"] - found["naive"]["first_loss"])

@@ -28,11 +28,19 @@ from ctxdistill.weights import packaged_gguf
 
 Table = list[dict[str, Any]]
 RANDOM = torch.Generator()
+TOKENS = (100, 40_000)
+"""Ids are drawn from these."""
+CONTEXTS = (0, 250, 1000, 3000, 7000)
+COMPLETIONS = (1, 34, 128)
+LABELS = (2, 10, 77, 150)
+STEPS = ((1, 0, 16), (4, 0, 16), (8, 0, 16), (16, 0, 16), (8, 100, 16), (8, 0, 4), (8, 0, 64))
+"""Batch, spread of query lengths, rank."""
+SUPERVISED = (8, 16, 32, 64)
 
 
 def ids(n: int) -> list[int]:
     """Random tokens, the same ones in each sweep."""
-    return torch.randint(100, 40_000, (n,), generator=RANDOM).tolist()
+    return torch.randint(*TOKENS, (n,), generator=RANDOM).tolist()
 
 
 def best(work: Callable[[], object], times: int = 3) -> float:
@@ -50,8 +58,8 @@ def best(work: Callable[[], object], times: int = 3) -> float:
 def labelling(model: str) -> Table:
     """Seconds per row to label 32 rows of 25 query tokens; the context is read once, which is timed by itself."""
     lm, table = LM.load(ModelSection(name=model), Path.cwd()), []
-    for completion in (1, 34, 128):
-        for context in (0, 250, 1000, 3000, 7000):
+    for completion in COMPLETIONS:
+        for context in CONTEXTS:
             start = ids(context)
             rows = [join([*start, *ids(25)], ids(completion)) for _ in range(32)]
             prefix = lm.prefix([r for r, _ in rows])
@@ -72,7 +80,7 @@ def labels(model: str) -> Table:
     context = ids(400)
     prompts = [[*context, *ids(25)] for _ in range(16)]
     prefix = lm.prefix(prompts)
-    for count in (2, 10, 77, 150):
+    for count in LABELS:
         firsts = [ids(1)[0] for _ in range(max(1, count // 4))]
         names = {str(i): (firsts[i % len(firsts)], *ids(2)) for i in range(count)}
         tree = best(lambda names=names: score_labels(lm, prompts, names, prefix=prefix, batch_size=16), 1)
@@ -92,7 +100,7 @@ def labels(model: str) -> Table:
 def generation(model: str) -> Table:
     """Seconds to write 16 tokens for 8 rows, with the context read once and with it read in each row."""
     lm, table = LM.load(ModelSection(name=model), Path.cwd()), []
-    for context in (0, 250, 1000, 3000):
+    for context in CONTEXTS[:-1]:
         start = ids(context)
         prompts = [[*start, *ids(25)] for _ in range(8)]
 
@@ -119,7 +127,7 @@ def training(model: str) -> Table:
     """Tokens per second of a training step: template 24, query 25, completion 34, as batch, spread of lengths and rank vary."""
     lm, table = LM.load(ModelSection(name=model), Path.cwd()), []
     width = lm.model.get_output_embeddings().weight.shape[1]
-    for batch, spread, rank in ((1, 0, 16), (4, 0, 16), (8, 0, 16), (16, 0, 16), (8, 100, 16), (8, 0, 4), (8, 0, 64)):
+    for batch, spread, rank in STEPS:
         made = examples(batch, ids(24), 25, 34, width, spread)
         lm.add_adapter(LoraSection(rank=rank, alpha=32), 0)
         parameters = list(lm.trainable().values())
@@ -142,7 +150,7 @@ def training(model: str) -> Table:
 def memory(model: str) -> Table:
     """Peak megabytes of a training step above the loaded model, 512 tokens per batch, with 8 to 64 supervised ones per row."""
     table = []
-    for completion in (8, 16, 32, 64):
+    for completion in SUPERVISED:
         found = child(model, "--peak", str(completion))
         table.append({"supervised_per_row": completion, **found})
     return table

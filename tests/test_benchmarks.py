@@ -1,0 +1,113 @@
+"""The benchmarks run, on a tiny model, and what they compare is the same work."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import tiny
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module(request.param)
+    monkeypatch.delitem(sys.modules, request.param)
+    return module
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+    code: int = module.main()
+    return code
+
+
+@pytest.mark.parametrize("benchmark", ["job"], indirect=True)
+def test_the_job_and_the_naive_loop_start_from_the_same_loss(
+    benchmark: ModuleType, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "ROWS", 16)
+    ours, naive = benchmark.ours(str(llama), 258), benchmark.naive(str(llama), 258)
+    assert ours["first_loss"] == pytest.approx(naive["first_loss"], rel=1e-4)
+    assert ours["first_loss"] > 1e-3
+    assert ours["steps"] == naive["steps"] == 4
+    assert ours["planned"] > 0
+    floor = benchmark.floor(str(llama), 258)
+    assert 0 < floor["seconds"] < ours["seconds"]
+
+
+@pytest.mark.parametrize("benchmark", ["job"], indirect=True)
+def test_the_job_fails_when_the_first_losses_differ(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = {"seconds": 2.0, "teacher": 1.0, "rest": 1.0, "steps": 4, "peak_mb": 1.0, "first_loss": 0.5, "planned": 1.5}
+    assert benchmark.table("short", {"ours": ours, "naive": {**ours, "seconds": 6.0}})
+    out = capsys.readouterr().out
+    assert "3.00" in out
+    assert "-25%" in out
+    assert not benchmark.table("short", {"ours": ours, "naive": {**ours, "first_loss": 0.51}})
+
+
+@pytest.mark.parametrize("benchmark", ["sweeps"], indirect=True)
+def test_every_sweep_runs(
+    benchmark: ModuleType,
+    llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = {
+        "TOKENS": (10, 250),
+        "CONTEXTS": (0, 40, 80),
+        "COMPLETIONS": (2,),
+        "LABELS": (2, 10),
+        "STEPS": ((2, 3, 4),),
+    }
+    for name, value in sizes.items():
+        monkeypatch.setattr(benchmark, name, value)
+    # in processes of their own these would draw ids that the tiny model does not have, and only start Python
+    inside = set(benchmark.SWEEPS) - {"memory", "startup"}
+    assert run(benchmark, monkeypatch, *sorted(inside), "--model", str(llama), "--json", str(tmp_path / "o.json")) == 0
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert {name: len(table) for name, table in found.items()} == {
+        "labelling": 3, "labels": 2, "generation": 2, "training": 1
+    }  # fmt: skip
+    assert found["labelling"][0]["x_no_context"] == 1
+    assert benchmark.peak(str(llama), 8)["peak_mb"] > 0
+    assert "x_no_context" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("benchmark", ["speedrun"], indirect=True)
+def test_the_speedrun_finds_the_first_step_that_is_good_enough(
+    benchmark: ModuleType, job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "packaged_gguf", lambda _: None)
+    monkeypatch.setattr(benchmark, "VARIANTS", {"default": [], "still": ["train.lr=1e-9"]})
+    recipe = job / "recipe.toml"
+    values = tiny.recipe_dict(job, train={"lr": 0.005, "epochs": 8}, completions={"max_new_tokens": 6})
+    values.pop("name")
+    recipe.write_text("\n".join(tiny_toml(values)), encoding="utf-8")
+    out = job / "o.json"
+    assert run(benchmark, monkeypatch, str(recipe), "--variants", "all", "--every", "1", "--json", str(out)) == 0
+    (found,) = json.loads(out.read_text()).values()
+    moving, still = found["variants"]["default"], found["variants"]["still"]
+    first = moving["steps_to_goal"]
+    assert dict(moving["curve"])[first] >= 0.9
+    assert all(closed < 0.9 for step, closed in moving["curve"] if step < first)
+    assert moving["tokens_to_goal"] > 0
+    assert still["steps_to_goal"] is None
+    assert abs(still["final_kl_closed"]) < 1e-3
+    assert "never" in capsys.readouterr().out
+
+
+def tiny_toml(values: dict[str, dict[str, object]]) -> list[str]:
+    """Just enough TOML for a recipe of numbers, strings and lists."""
+    lines = []
+    for section, keys in values.items():
+        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
+    return lines
