@@ -244,6 +244,11 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(
     assert "Traceback" not in captured.err
 
 
+def test_the_package_is_a_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "ctxdistill", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ctxdistill.__version__
+
+
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capfd.readouterr().out == f"{ctxdistill.__version__}\n"

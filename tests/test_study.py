@@ -191,6 +191,27 @@ def test_controls_a_bigger_teacher_and_retention(folder: Path, monkeypatch: pyte
     assert len(set(teachers.values())) == len(teachers)
 
 
+def test_formats_are_followed_before_and_after(folder: Path) -> None:
+    rows = [
+        {"key": 1, "prompt": "No commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+        {"key": 2, "prompt": "In Thai.", "instruction_id_list": ["language:response_language"], "kwargs": [{"language": "th"}]},
+        {"key": 3, "prompt": "Say it in capitals.", "instruction_id_list": ["change_case:english_capital"], "kwargs": [{}]},
+    ]  # fmt: skip
+    tiny.save(folder / "opt", "opt-350m")  # with a chat template
+    (folder / "ifeval").mkdir()
+    tiny.write_jsonl(folder / "ifeval/input_data.jsonl", rows)
+    arms = ["zero_shot", "ft_lora"]
+    made = grid(folder, grid={"demos": [2], "sets": [0, 1], "arms": arms}, retention={"formats": 2, "sets": 1})
+    page = study(made, folder / "out")
+    found = {name: cell["retention"] for name, cell in cells(folder / "out").items()}
+    before, after, later = (found[f"opt-updown-{name}"] for name in ("zero_shot", "n2-set0-ft_lora", "n2-set1-ft_lora"))
+    for measured in (before, after):
+        assert measured["format"] in (0.0, 0.5, 1.0)
+        assert (measured["format_rows"], measured["format_passed_over"]) == (2, 1)
+    assert later["format"] is None  # only `retention.sets` of the sets are measured, since it is slow
+    assert "2 prompts of IFEval; 1 before them" in page.read_text()
+
+
 def test_a_teacher_with_another_tokenizer_is_refused(folder: Path) -> None:
     tiny.save(folder / "big", "llama", chat=False)
     path = folder / "big" / "tokenizer.json"

@@ -74,6 +74,7 @@ def analyse(folder: str | Path, paper_csv: str | Path | None = None) -> Data:
         "costs": costs,
         "break_even": _break_even(study, costs),
         "retention": _retention(study),
+        "formats": _formats(study),
         "taught": taught,
         "claims": claims.verdicts(comparisons, costs, taught, words),
         "limits": claims.limits(table, taught, words),
@@ -419,6 +420,12 @@ def _retention(study: Study) -> list[Data]:
         if arm != "zero_shot"
     ]
     return study.ordered(rows)
+
+
+def _formats(study: Study) -> Data:
+    """How many prompts with instructions every cell was given, and how many were passed over to find these."""
+    records = [c["retention"] for cells in study.cells.values() for c in cells.values() if c.get("retention")]
+    return {name: max((r.get(f"format_{name}") or 0 for r in records), default=0) for name in ("rows", "passed_over")}
 
 
 def _paper(path: Path) -> list[Data]:

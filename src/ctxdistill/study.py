@@ -197,7 +197,10 @@ class Retention:
         root = grid.path(grid.tasks.root) if grid.tasks.root else None
         r = grid.retention
         self.texts = texts(root, r.texts) if r.texts else []
-        self.formats: list[Format] = formats(root, r.formats)[0] if r.formats else []
+        self.formats: list[Format] = []
+        self.passed_over = 0  # prompts whose instructions a program cannot check, or that need longer answers
+        if r.formats:
+            self.formats, self.passed_over = formats(root, r.formats)
 
     def after(self, cell: Cell) -> Callable[[LM], dict[str, Any]] | None:
         """What to do after training the arm of `cell`."""
@@ -208,10 +211,12 @@ class Retention:
 
     def measure(self, lm: LM, slow: bool) -> dict[str, Any]:
         """Perplexity and, where `slow`, format following, of the model as it is."""
+        followed = format_following(lm, self.formats) if slow and self.formats else None
         return {
             "perplexity": perplexity(lm, self.texts) if self.texts else None,
-            "format": format_following(lm, self.formats) if slow and self.formats else None,
-            "format_rows": len(self.formats) if slow else 0,
+            "format": followed,
+            "format_rows": 0 if followed is None else len(self.formats),
+            "format_passed_over": 0 if followed is None else self.passed_over,
         }
 
 

@@ -82,6 +82,7 @@ def _view(found: Data) -> Data:
         "inverted": any(row["paper"] and row["task_name"] == "qqp" for row in table3),
         "parts": [part for part in parts if part["tables"]],
         "retention": _retention(found, arms),
+        "formats": found["formats"],
         "missing": _missing(found["missing"]),
         "comparisons": len(found["comparisons"]),
     }
