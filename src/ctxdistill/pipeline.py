@@ -30,6 +30,7 @@ from ctxdistill.accounts import cost, notes, spent, summary, timed
 from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe
 from ctxdistill.errors import DataError, GateError, RunError
 from ctxdistill.lm import LM, check_fit
+from ctxdistill.policy import Rounds
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress
@@ -92,7 +93,10 @@ def distill(
 
         lm.add_adapter(recipe.lora, recipe.train.seed)
         with timed(run, "train"):
-            state = train(lm, examples, validation, recipe.train, run, progress=progress)
+            source = None
+            if recipe.train.on_policy:
+                source = Rounds(lm, prompter, rows.pairs["train"], examples, recipe, run, progress=progress)
+            state = train(lm, examples, validation, recipe.train, run, source=source, progress=progress)
         save_adapter(lm, run)
 
         with timed(run, "evaluate"):

@@ -188,6 +188,15 @@ class TrainSection(Section):
     """Share of plain cross-entropy on the completion tokens in the loss: (1 - w) * divergence + w * cross-entropy."""
     epochs: Positive = 4
     """Passes over the training queries."""
+    on_policy: Fraction = 0.0
+    """Share of the completions that the student writes itself, with the adapter as it is at the start of a round, in the
+    place of the teacher's; the teacher says how likely it finds their tokens. 0: all from `completions`; 1: all its own."""
+    on_policy_ramp: Fraction = 0.0
+    """Share of the training during which `on_policy` rises from 0 to its value, round by round; 0: constant."""
+    on_policy_temperature: AtLeastZero = 1.0
+    """Sampling temperature of the student's completions; 0 is greedy."""
+    round_steps: NotNegative = 0
+    """Optimizer steps of a round: the student writes for so many steps ahead. 0: an epoch."""
     lr: AboveZero = 5e-4
     """Peak learning rate of AdamW; linear warm-up, then cosine to `min_lr` times this."""
     min_lr: Fraction = 0.1
@@ -404,6 +413,20 @@ class Recipe(Section):
             problems.append(
                 'targets.kind = "topk" works at train.temperature = 1 only: the tail is one number and cannot be softened; '
                 'use targets.kind = "hidden"'
+            )
+        if self.train.on_policy and self.completions.source == "label":
+            problems.append(
+                'train.on_policy has no effect on one label; it needs completions.source = "teacher" or "data"'
+            )
+        if self.train.on_policy and self.train.ce_weight:
+            problems.append(
+                "train.ce_weight would teach the student its own completions where train.on_policy is above 0; drop one"
+            )
+        if not self.train.on_policy and (self.train.on_policy_ramp or self.train.round_steps):
+            problems.append("train.on_policy_ramp and train.round_steps need train.on_policy above 0")
+        if not self.completions.supervise_end and self.train.on_policy:
+            problems.append(
+                "completions.supervise_end = false needs train.on_policy = 0: the student's end is supervised"
             )
         if not self.completions.supervise_end and self.completions.source == "teacher":
             problems.append('completions.supervise_end = false needs completions.source = "data" or "label"')

@@ -31,6 +31,7 @@ from ctxdistill.results import (
     mean_of,
     metric_label,
     result_table,
+    round_table,
     scored,
     verdict,
 )
@@ -145,6 +146,7 @@ def _view(folder: RunDir) -> Data:
         "gate_facts": _gate_facts(evaluation.get("gate") or {}),
         "training_facts": _plain(evaluation.get("training") or {}),
         "curves": training_plot(folder.read_jsonl("metrics.jsonl")),
+        "rounds": round_table(folder.read_jsonl("metrics.jsonl")),
         "break_even": _break_even(evaluation.get("cost") or {}),
         "break_even_plots": break_even_plots(evaluation),
         "examples": examples(folder.read_jsonl("scores.jsonl"), evaluation),

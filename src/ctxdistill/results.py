@@ -82,6 +82,33 @@ def result_table(evaluation: Mapping[str, Any]) -> list[Data]:
     return rows
 
 
+ROUND = {
+    # key of a line: (label, factor, digits after the point)
+    "reverse_kl": ("KL(student‖teacher)", 1, 3),
+    "student_entropy": ("entropy", 1, 3),
+    "teacher_entropy": ("teacher's entropy", 1, 3),
+    "tokens": ("tokens", 1, 1),
+    "ended": ("ended %", 100, 1),
+    "repeated": ("repeated %", 100, 1),
+}
+
+
+def round_table(metrics: Sequence[Mapping[str, Any]]) -> Data | None:
+    """The rounds of on-policy training, as `columns` and `rows` of text; None where there were none."""
+    lines = [line for line in metrics if line.get("event") == "round"]
+    if not lines:
+        return None
+    rows = []
+    for line in lines:
+        numbers = ((line.get(key), factor, digits) for key, (_, factor, digits) in ROUND.items())
+        texts = [f"{value * factor:,.{digits}f}" if finite(value) else NO_VALUE for value, factor, digits in numbers]
+        rows.append([str(line["round"]), str(line["step"]), f"{line['student_rows']} of {line['rows']}", *texts])
+    return {
+        "columns": ["round", "from step", "by the student", *(label for label, _, _ in ROUND.values())],
+        "rows": rows,
+    }
+
+
 def metric_label(metric: str) -> str:
     """`exact_match` -> `exact match %`; a user's own metric keeps its name."""
     return METRICS[metric][0] if metric in METRICS else metric

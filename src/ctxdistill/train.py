@@ -40,6 +40,8 @@ class Example:
     target: Target
 
 
+Source = Callable[[int], list[Example]]
+"""What is learnt from at a step (counted from 0), where it is not the rows of `rows_of` as they are."""
 Stats = dict[str, torch.Tensor]
 """Sums over the positions of a step, by name."""
 
@@ -150,6 +152,13 @@ def order(n: int, epoch: int, seed: int, shuffle: bool = True) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
+def rows_of(step: int, n: int, section: TrainSection) -> list[int]:
+    """Which of `n` rows a step learns from."""
+    epoch, position = divmod(step, math.ceil(n / section.batch_size))
+    first = position * section.batch_size
+    return order(n, epoch, section.seed, section.shuffle)[first : first + section.batch_size]
+
+
 def train(
     lm: LM,
     examples: Sequence[Example],
@@ -157,10 +166,12 @@ def train(
     section: TrainSection,
     run: RunDir,
     *,
+    source: Source | None = None,
     progress: Progress = no_progress,
 ) -> State:
     """Train the adapter on `examples`; leave the best one by `validation` (or the last) on the model.
 
+    With a `source`, each step learns from what that returns; it may use the model as it then is (`policy.Rounds`).
     Goes on from the newest checkpoint in the run folder, if there is one.
 
     Raises: `TrainError` when the loss or a gradient is not finite, or no gradient reaches the adapter.
@@ -182,11 +193,7 @@ def train(
 
     while state.step < steps and not state.stopped:
         started = time.perf_counter()
-        epoch, position = divmod(state.step, per_epoch)
-        rows = order(len(examples), epoch, section.seed, section.shuffle)[
-            position * section.batch_size : (position + 1) * section.batch_size
-        ]
-        batch = [examples[i] for i in rows]
+        batch = source(state.step) if source else [examples[i] for i in rows_of(state.step, len(examples), section)]
         tokens = sum(len(e.target.ids) for e in batch)  # of all processes: the one denominator of this step
         mine = batch[rank::world]
         micro = section.micro_batch or len(batch)
@@ -237,8 +244,10 @@ def train(
         progress(f"train (loss {total:.3f})", state.step, steps)
         if validation and state.step % per_epoch == 0:
             validate(lm, validation, section, state, per_epoch, run if main else None, parameters)
-        every = section.checkpoint_every
-        if main and every and (state.step % every == 0 or state.step == steps or state.stopped):
+        every, whole = section.checkpoint_every, section.round_steps or per_epoch
+        due = state.step % every == 0 if every else False
+        due = due or (section.on_policy > 0 and state.step % whole == 0)  # the student that writes the next round
+        if main and every and (due or state.step == steps or state.stopped):
             checkpoint(run, state, parameters, optimizer)
 
     accelerator.wait_for_everyone()
