@@ -229,6 +229,7 @@ def try_(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer. Unset: as in the recipe.", min=1, show_default=False)
     ] = None,
+    strength: Annotated[float, typer.Option(help="Of the adapter: 0 none, 1 as trained.", min=0.0)] = 1.0,
     as_json: Json = False,
 ) -> None:
     """Answer a query without the context, with it, and with the adapter instead of it.
@@ -240,7 +241,9 @@ def try_(
         from ctxdistill import pipeline
 
         shown, answers = display.Answers(display.console()), dict.fromkeys(display.TRIED, "")
-        with contextlib.closing(pipeline.try_text(run, text, max_new_tokens=max_new_tokens)) as pieces:
+        with contextlib.closing(
+            pipeline.try_text(run, text, max_new_tokens=max_new_tokens, strength=strength)
+        ) as pieces:
             for arm, piece in pieces:
                 watcher.close()  # from here on the answers have the terminal
                 answers[arm] += piece

@@ -197,6 +197,9 @@ class TrainSection(Section):
     """Sampling temperature of the student's completions; 0 is greedy."""
     round_steps: NotNegative = 0
     """Optimizer steps of a round: the student writes for so many steps ahead. 0: an epoch."""
+    retain_weight: AtLeastZero = 0.0
+    """Adds so many times the divergence from the base model on everyday prompts to the loss, so that what has nothing to do
+    with the context stays as it was; each step has a quarter as many of these rows as others."""
     lr: AboveZero = 5e-4
     """Peak learning rate of AdamW; linear warm-up, then cosine to `min_lr` times this."""
     min_lr: Fraction = 0.1
@@ -248,6 +251,20 @@ class EvalSection(DataSection):
     """Resamples behind each 95 % interval."""
 
 
+class BehaviourSection(Section):
+    """What else the adapter does, measured after training: on unrelated prompts, turned up and down, prompted again."""
+
+    unrelated: Annotated[int, Field(ge=0, le=24)] = 16
+    """Everyday prompts that have nothing to do with the context, on which the KL to the base model is measured; 0 skips it."""
+    rows: NotNegative = 0
+    """Held-out rows on which the adapter's strength is varied, and which are asked behind the context and behind another
+    system prompt; 0 skips these checks."""
+    strengths: list[AtLeastZero] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
+    """Strengths that are tried: 0 is the base model, 1 the adapter as trained."""
+    other_system: str = "Answer every message with one short sentence in capital letters."
+    """A system prompt that asks for something else than the context does. Empty: not tried."""
+
+
 class GateSection(Section):
     """Is there anything to teach? Runs before training."""
 
@@ -284,6 +301,7 @@ class Recipe(Section):
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
+    behaviour: BehaviourSection = BehaviourSection()
     gate: GateSection = GateSection()
     cost: CostSection = CostSection()
     base_dir: Path = Field(default=Path("."), exclude=True)

@@ -25,6 +25,7 @@ from ctxdistill.results import (
     NO_VALUE,
     Data,
     arm_label,
+    behaviour_facts,
     cells,
     examples,
     finite,
@@ -136,7 +137,7 @@ def _filled(group: Mapping[str, Any] | None, *keys: str) -> Data:
 
 def _view(folder: RunDir) -> Data:
     """Everything on the page."""
-    from ctxdistill.plots import break_even_plots, training_plot  # matplotlib takes a second to load
+    from ctxdistill.plots import break_even_plots, strength_plot, training_plot  # matplotlib takes a second to load
 
     recipe, evaluation = _read(folder)
     return {
@@ -146,6 +147,8 @@ def _view(folder: RunDir) -> Data:
         "gate_facts": _gate_facts(evaluation.get("gate") or {}),
         "training_facts": _plain(evaluation.get("training") or {}),
         "curves": training_plot(folder.read_jsonl("metrics.jsonl")),
+        "behaviour": behaviour_facts(evaluation),
+        "strength_plot": strength_plot((evaluation.get("behaviour") or {}).get("strengths") or []),
         "rounds": round_table(folder.read_jsonl("metrics.jsonl")),
         "break_even": _break_even(evaluation.get("cost") or {}),
         "break_even_plots": break_even_plots(evaluation),
