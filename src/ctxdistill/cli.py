@@ -299,6 +299,36 @@ def study(
 
 
 @app.command()
+def compose(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN=WEIGHT...", help="Finished runs and their weights.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="A new folder for the sum.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Sum the adapters of several runs into one, and measure whether the sum still does what each of them does.
+
+    Rows of each run are compared with the teachers of all; where the contexts are not kept apart, it says so.
+
+    Example: ctxdistill compose runs/persona=1 runs/format=0.8 --out runs/both
+    """
+    weights: dict[str | Path, float] = {}
+    for text in runs:
+        folder, _, weight = text.rpartition("=")
+        try:
+            weights[folder] = float(weight)
+        except ValueError:
+            folder = ""
+        if not folder or not math.isfinite(weights[folder]):
+            raise RunError(f"cannot read {text!r}", expected="RUN=WEIGHT", fix="for example: runs/persona=1")
+    with _work(as_json, first="loading the model") as watcher:
+        from ctxdistill import pipeline
+
+        found = pipeline.compose(weights, out, progress=watcher)
+    _json({"adapter": str(out / "adapter"), **found}) if as_json else display.composed(display.console(), out, found)
+
+
+@app.command()
 def report(run: RunArgument, paper: Paper = None, as_json: Json = False) -> None:
     """Write report.html and report.md of a run or a study again.
 

@@ -28,7 +28,9 @@ from ctxdistill import plan as planning
 from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
 from ctxdistill.adapters import scale
-from ctxdistill.behaviour import base_targets, behaviour, unrelated
+from ctxdistill.behaviour import Check, base_targets, behaviour, unrelated
+from ctxdistill.compose import compose
+from ctxdistill.crosstalk import groups_of, matrix
 from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe
 from ctxdistill.errors import DataError, GateError, RunError
 from ctxdistill.lm import LM, check_fit
@@ -297,7 +299,11 @@ def measure(
     if recipe.eval.latency_rows:
         latencies = {arm: evaluation.latency(arm, lm, prompter, pairs, recipe, progress) for arm in evaluation.ARMS}
     found = evaluation.tables({k: v for k, v in scores.items() if v}, latencies, recipe.eval, recipe.train.seed)
-    return found | {"behaviour": behaviour(recipe, lm, prompter, rows, store, progress)}
+    found["behaviour"] = behaviour(recipe, lm, prompter, rows, store, progress)
+    if recipe.behaviour.contexts:
+        check = Check(recipe, lm, prompter, store)
+        found["crosstalk"] = matrix(check, groups_of(recipe, prompter, rows), progress)
+    return found
 
 
 def save_prompts(run: RunDir, prompter: Prompter, rows: Data, examples: Sequence[Example], most: int = 200) -> None:
@@ -358,4 +364,16 @@ def stream(lm: LM, prompter: Prompter, prompt: Sequence[int], limit: int) -> Ite
         writer.join()
 
 
-__all__ = ["Run", "demo", "distill", "evaluate", "gate", "load_student", "plan", "report", "show", "try_text"]
+__all__ = [
+    "Run",
+    "compose",
+    "demo",
+    "distill",
+    "evaluate",
+    "gate",
+    "load_student",
+    "plan",
+    "report",
+    "show",
+    "try_text",
+]

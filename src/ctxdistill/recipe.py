@@ -167,6 +167,9 @@ class TargetsSection(Section):
 class LoraSection(Section):
     """The student's adapter."""
 
+    method: Literal["lora", "dora", "rslora"] = "lora"
+    """`lora`; `dora` learns a magnitude of each output beside the update (arXiv 2402.09353); `rslora` multiplies the update
+    by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732). vLLM does not serve `dora`."""
     rank: Positive = 16
     """Rank of the update. vLLM serves up to 16 without a flag."""
     alpha: AboveZero = 32.0
@@ -261,6 +264,9 @@ class BehaviourSection(Section):
     system prompt; 0 skips these checks."""
     strengths: list[AtLeastZero] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
     """Strengths that are tried: 0 is the base model, 1 the adapter as trained."""
+    contexts: str | None = None
+    """Where rows have contexts of their own (`context.column`), a column that names them: gives the cross-talk matrix, rows
+    of one context measured against the teachers of all."""
     other_system: str = "Answer every message with one short sentence in capital letters."
     """A system prompt that asks for something else than the context does. Empty: not tried."""
 
@@ -452,6 +458,8 @@ class Recipe(Section):
 
     def _evaluation(self) -> list[str]:
         problems = list[str]()
+        if self.behaviour.contexts and not self.context.column:
+            problems.append("behaviour.contexts needs context.column: it names the contexts that the rows have")
         if self.eval.format is not None:
             try:
                 re.compile(self.eval.format)

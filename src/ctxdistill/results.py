@@ -109,6 +109,23 @@ def round_table(metrics: Sequence[Mapping[str, Any]]) -> Data | None:
     }
 
 
+def crosstalk_table(found: Mapping[str, Any] | None) -> Data | None:
+    """The cross-talk matrix as `columns` and `rows` of text, the first cell of a row being its name."""
+    if not found:
+        return None
+    columns = ["rows of", *(f"teacher of {name}" for name in found["names"]), "nearest to its own %", "KL closed %"]
+    rows = [
+        [
+            i,
+            *(cells("kl", found["kl"][i][j]) for j in found["names"]),
+            cells("exact_match", found["nearest"][i]),
+            cells("kl_closed", found["closed"][i]),
+        ]
+        for i in found["names"]
+    ]
+    return {"columns": columns, "rows": rows}
+
+
 UNRELATED = 0.1
 """Share of the taught KL above which a change on unrelated prompts is remarked upon."""
 
@@ -188,6 +205,9 @@ def verdict(evaluation: Mapping[str, Any]) -> Data:
         # A KL that is mostly form (the right kind of answer) can be closed while the answers are not the teacher's.
         gap = (evaluation.get("gap_closed") or {}).get("mean")
         level = "close" if finite(gap) and gap >= LEVELS["close"] else "partial"
+    apart = evaluation.get("crosstalk") or {"good": True}
+    if level in LEVELS and not apart["good"]:
+        level = "partial"
     if metric and student.get(metric) and teacher.get(metric):
         unit = " %" if metric_label(metric).endswith("%") else ""
         claim += f" and answers with {scored(metric, student[metric]['mean'])}"
@@ -226,6 +246,10 @@ def _remarks(evaluation: Mapping[str, Any], level: str, metric: str | None) -> l
     if student and student["mean"] <= constant["mean"]:
         floor = scored(constant["metric"], constant["mean"])
         remarks.append(f"Always answering “{constant['prediction']}” scores {floor}; the adapter does not beat that.")
+    if not (evaluation.get("crosstalk") or {"good": True})["good"]:
+        remarks.append(
+            f"The contexts are not all learnt and kept apart: {'; '.join(evaluation['crosstalk']['reasons'])}."
+        )
     if (share := unrelated_share(evaluation)) is not None and share > UNRELATED:
         kl = cells("kl", evaluation["behaviour"]["unrelated"]["kl"])
         remarks.append(
