@@ -18,6 +18,7 @@ import torch
 
 from ctxdistill.dataset import Data
 from ctxdistill.lm import LM
+from ctxdistill.policy import rounds
 from ctxdistill.prompts import Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
@@ -41,6 +42,7 @@ def summary(
         "trainable_parameters": sum(p.numel() for p in lm.trainable().values()),
         "adapter_bytes": (run / "adapter" / "adapter_model.safetensors").stat().st_size,
         "train_rows": len(examples),
+        "student_completions": sum(line["student_rows"] for line in rounds(run)),
         "supervised_tokens": state.tokens,
         "truncated_completions": truncated(recipe, prompter, examples),
         "topk_mass": captured_mass([e.target for e in examples]),
@@ -76,7 +78,8 @@ def spent(
     lengths = sum(len(e.prompt) + len(e.target.ids) for e in examples)
     # The teacher reads a shared context once, and each row once; a training step is about 3 forwards.
     teacher = context * (1 if shared else len(examples)) + lengths
-    return seconds, round(teacher + 3 * lengths * result["training"]["epochs"])
+    own = sum(line.get("forward_tokens", 0) for line in rounds(run))
+    return seconds, round(teacher + 3 * lengths * result["training"]["epochs"] + own)
 
 
 def cost(recipe: Recipe, table: dict[str, Any], seconds: dict[str, float], tokens: int) -> dict[str, Any]:

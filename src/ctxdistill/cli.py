@@ -229,6 +229,7 @@ def try_(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer. Unset: as in the recipe.", min=1, show_default=False)
     ] = None,
+    strength: Annotated[float, typer.Option(help="Of the adapter: 0 none, 1 as trained.", min=0.0)] = 1.0,
     as_json: Json = False,
 ) -> None:
     """Answer a query without the context, with it, and with the adapter instead of it.
@@ -240,7 +241,9 @@ def try_(
         from ctxdistill import pipeline
 
         shown, answers = display.Answers(display.console()), dict.fromkeys(display.TRIED, "")
-        with contextlib.closing(pipeline.try_text(run, text, max_new_tokens=max_new_tokens)) as pieces:
+        with contextlib.closing(
+            pipeline.try_text(run, text, max_new_tokens=max_new_tokens, strength=strength)
+        ) as pieces:
             for arm, piece in pieces:
                 watcher.close()  # from here on the answers have the terminal
                 answers[arm] += piece
@@ -293,6 +296,36 @@ def study(
 
         page = studies.study(loaded, folder, retry=retry, paper_csv=paper, progress=watcher)
     _say_page(page, as_json)
+
+
+@app.command()
+def compose(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN=WEIGHT...", help="Finished runs and their weights.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="A new folder for the sum.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Sum the adapters of several runs into one, and measure whether the sum still does what each of them does.
+
+    Rows of each run are compared with the teachers of all; where the contexts are not kept apart, it says so.
+
+    Example: ctxdistill compose runs/persona=1 runs/format=0.8 --out runs/both
+    """
+    weights: dict[str | Path, float] = {}
+    for text in runs:
+        folder, _, weight = text.rpartition("=")
+        try:
+            weights[folder] = float(weight)
+        except ValueError:
+            folder = ""
+        if not folder or not math.isfinite(weights[folder]):
+            raise RunError(f"cannot read {text!r}", expected="RUN=WEIGHT", fix="for example: runs/persona=1")
+    with _work(as_json, first="loading the model") as watcher:
+        from ctxdistill import pipeline
+
+        found = pipeline.compose(weights, out, progress=watcher)
+    _json({"adapter": str(out / "adapter"), **found}) if as_json else display.composed(display.console(), out, found)
 
 
 @app.command()

@@ -36,12 +36,13 @@ class Data:
     counts: Mapping[str, Any]
 
 
-def prepare(recipe: Recipe) -> tuple[LM, Prompter, Data]:
-    """Read and check everything that can be wrong before anything slow begins: rows first, then the model."""
-    prompter = Prompter(recipe, load_tokenizer(recipe.model, recipe.base_dir))
+def prepare(recipe: Recipe, lm: LM | None = None) -> tuple[LM, Prompter, Data]:
+    """Read and check everything that can be wrong before anything slow begins: rows first, then the model, unless that is
+    given."""
+    prompter = Prompter(recipe, lm.tokenizer if lm else load_tokenizer(recipe.model, recipe.base_dir))
     splits, counts = read_rows(recipe, prompter)
     pairs = {split: [prompter.pair(row, section) for row in found] for split, (found, section) in splits.items()}
-    lm = LM.load(recipe.model, recipe.base_dir)
+    lm = lm or LM.load(recipe.model, recipe.base_dir)
     room = {"teacher": recipe.completions.max_new_tokens}
     room["label"] = max(map(len, prompter.labels.values()), default=0)
     evaluation.metrics_of(recipe, pairs["eval"])  # a metric that cannot be measured should not cost minutes first
@@ -128,7 +129,7 @@ def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str
     """`recipe.json`: what made this run. Its fingerprint covers everything that the result depends on."""
     values = recipe.to_dict()
     # What changes no result may change between two attempts at one run, such as gate.on_fail after the gate said no.
-    decisive = {name: value for name, value in values.items() if name not in {"name", "gate", "cost"}}
+    decisive = {name: value for name, value in values.items() if name not in {"name", "gate", "cost", "behaviour"}}
     prompts = fingerprint([[p.teacher, p.student] for found in rows.pairs.values() for p in found])
     c = recipe.context
     context = {

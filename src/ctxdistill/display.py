@@ -34,7 +34,7 @@ from rich.text import Text
 
 from ctxdistill.errors import CtxDistillError
 from ctxdistill.report import visible
-from ctxdistill.results import arm_label, examples, finite, result_table, verdict
+from ctxdistill.results import arm_label, cells, crosstalk_table, examples, finite, result_table, verdict
 
 SIDE_BY_SIDE = 120
 """Columns from which two prompts stand beside each other."""
@@ -214,6 +214,25 @@ def grid(out: Console, found: dict[str, Any]) -> None:
             table.add_row(plain(name), plain(value))
         out.print(table)
         out.print()
+
+
+def composed(out: Console, path: Path, found: Mapping[str, Any]) -> None:
+    """The cross-talk matrix of a sum of adapters, what each of them does alone, the verdict."""
+    shown = crosstalk_table(found) or {"columns": [], "rows": []}
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    alone = [f"alone: {name} %" for name in found["names"]]
+    for column in [*shown["columns"], *alone]:
+        table.add_column(plain(column), justify="left" if column == "rows of" else "right", overflow="fold")
+    for row in shown["rows"]:
+        others = [cells("kl_closed", found["alone"][row[0]][name]) for name in found["names"]]
+        table.add_row(*map(plain, [*row, *others]))
+    out.print(table)
+    out.print()
+    verdict = "Good: each context is learnt, and they are kept apart."
+    if not found["good"]:
+        verdict = f"Not good: {'; '.join(found['reasons'])}."
+    out.print(plain(verdict, "bold"))
+    out.print(plain(f"adapter: {path / 'adapter'} (rank {found['rank']})"), soft_wrap=True)
 
 
 def results(out: Console, path: Path, evaluation: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> None:

@@ -438,6 +438,8 @@ class LM:
             target_modules=targets,
             task_type="CAUSAL_LM",
             fan_in_fan_out=conv,
+            use_dora=lora.method == "dora",
+            use_rslora=lora.method == "rslora",
             revision=self.info["revision"],
         )
         try:
@@ -459,8 +461,8 @@ class LM:
             )
         fuse(self.model)
 
-    def load_adapter(self, folder: Path) -> None:
-        """Put a trained adapter on. Raises `ModelError` when it was made for another base."""
+    def load_adapter(self, folder: Path, name: str = "default") -> None:
+        """Put a trained adapter on, under a `name`. Raises `ModelError` when it was made for another base."""
         try:
             config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -477,7 +479,7 @@ class LM:
             )
         try:
             with quiet_peft():
-                self.peft = PeftModel.from_pretrained(self.model, str(folder), is_trainable=False)
+                self.peft = PeftModel.from_pretrained(self.model, str(folder), name, is_trainable=False)
         except (RuntimeError, ValueError) as error:
             raise ModelError(
                 f"the adapter in {folder} does not fit {self.info['name']}", found=str(error).split("\n")[0]

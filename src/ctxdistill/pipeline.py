@@ -23,13 +23,18 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ctxdistill import evaluate as evaluation
-from ctxdistill import losses
+from ctxdistill import generic, losses
 from ctxdistill import plan as planning
 from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
+from ctxdistill.adapters import scale
+from ctxdistill.behaviour import Check, base_targets, behaviour, unrelated
+from ctxdistill.compose import compose
+from ctxdistill.crosstalk import groups_of, matrix
 from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe
 from ctxdistill.errors import DataError, GateError, RunError
 from ctxdistill.lm import LM, check_fit
+from ctxdistill.policy import Rounds
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress
@@ -88,11 +93,17 @@ def distill(
                 make_examples(recipe, lm, prompter, rows.pairs[split], store, progress)
                 for split in ("train", "validation")
             )
+            retained = keep_examples(recipe, lm, prompter, store)
         save_prompts(run, prompter, rows, [*examples, *validation])
 
         lm.add_adapter(recipe.lora, recipe.train.seed)
         with timed(run, "train"):
-            state = train(lm, examples, validation, recipe.train, run, progress=progress)
+            source = None
+            if recipe.train.on_policy:
+                source = Rounds(lm, prompter, rows.pairs["train"], examples, recipe, run, progress=progress)
+            state = train(
+                lm, examples, validation, recipe.train, run, source=source, retained=retained, progress=progress
+            )
         save_adapter(lm, run)
 
         with timed(run, "evaluate"):
@@ -165,21 +176,23 @@ def show(recipe: Recipe, row: int = 0) -> dict[str, Any]:
     return prompter.shown(chosen, section, split, None if given is None else prompter.completion(str(given)))
 
 
-def load_student(run: str | Path, *, merge: bool = False) -> tuple[Any, Any]:
+def load_student(run: str | Path, *, merge: bool = False, strength: float = 1.0) -> tuple[Any, Any]:
     """The distilled model, ready for `generate`, and its tokenizer.
 
     Args:
         run: the run folder.
         merge: add the adapter into the weights (a plain transformers model) instead of a PEFT model.
+        strength: of the adapter: 0 is the base model, 1 the adapter as trained; above 1 it does more of the same.
     """
     folder = RunDir.existing(run)
     lm = LM.load(stored_recipe(folder).model, stored_recipe(folder).base_dir)
     lm.load_adapter(folder / "adapter")
+    scale(lm, strength)
     return (lm.peft.merge_and_unload() if merge else lm.peft), lm.tokenizer
 
 
 def try_text(
-    run: str | Path, text: str, *, max_new_tokens: int | None = None
+    run: str | Path, text: str, *, max_new_tokens: int | None = None, strength: float = 1.0
 ) -> Generator[tuple[str, str], None, None]:
     """Answer `text` as base model, as teacher with the context, and as student: (arm, piece of text) as it is written."""
     folder = RunDir.existing(run)
@@ -190,6 +203,7 @@ def try_text(
     limit = max_new_tokens or recipe.eval.max_new_tokens
     check_fit([("your text", len(pair.teacher) + limit)], lm.window, "the prompt")
     lm.load_adapter(folder / "adapter")
+    scale(lm, strength)
     for arm in evaluation.ARMS:
         prompt = pair.teacher if arm == "in_context" else pair.student
         with lm.adapter(arm == "distilled"):
@@ -255,6 +269,15 @@ def make_examples(
     ]
 
 
+def keep_examples(recipe: Recipe, lm: LM, prompter: Prompter, store: TargetStore) -> list[Example]:
+    """Everyday prompts with what the base model says of its own answers, for `train.retain_weight`."""
+    if not recipe.train.retain_weight:
+        return []
+    pairs = unrelated(prompter, generic.TRAINED)
+    made = base_targets(lm, prompter, pairs, recipe, store, recipe.targets)
+    return [Example(pair.id, pair.student, target) for pair, target in zip(pairs, made, strict=True)]
+
+
 def measure(
     recipe: Recipe,
     lm: LM,
@@ -275,7 +298,12 @@ def measure(
     latencies = {}
     if recipe.eval.latency_rows:
         latencies = {arm: evaluation.latency(arm, lm, prompter, pairs, recipe, progress) for arm in evaluation.ARMS}
-    return evaluation.tables({k: v for k, v in scores.items() if v}, latencies, recipe.eval, recipe.train.seed)
+    found = evaluation.tables({k: v for k, v in scores.items() if v}, latencies, recipe.eval, recipe.train.seed)
+    found["behaviour"] = behaviour(recipe, lm, prompter, rows, store, progress)
+    if recipe.behaviour.contexts:
+        check = Check(recipe, lm, prompter, store)
+        found["crosstalk"] = matrix(check, groups_of(recipe, prompter, rows), progress)
+    return found
 
 
 def save_prompts(run: RunDir, prompter: Prompter, rows: Data, examples: Sequence[Example], most: int = 200) -> None:
@@ -336,4 +364,16 @@ def stream(lm: LM, prompter: Prompter, prompt: Sequence[int], limit: int) -> Ite
         writer.join()
 
 
-__all__ = ["Run", "demo", "distill", "evaluate", "gate", "load_student", "plan", "report", "show", "try_text"]
+__all__ = [
+    "Run",
+    "compose",
+    "demo",
+    "distill",
+    "evaluate",
+    "gate",
+    "load_student",
+    "plan",
+    "report",
+    "show",
+    "try_text",
+]

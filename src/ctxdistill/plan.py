@@ -138,7 +138,9 @@ def predict(recipe: Recipe, lm: LM, rows: Data, s: Speeds) -> dict[str, Any]:
         "gate": 2 * s.context + evaluated * (2 * s.answer + s.student),
         "label": s.context + (train + validation) * samples * s.answer,
         "train": c.epochs * train * samples * length * s.train
-        + (c.epochs + 1) * validation * samples * length * s.forward,
+        + (c.epochs + 1) * validation * samples * length * s.forward
+        # the student writes (as an evaluated arm does), the teacher judges
+        + c.on_policy * (1 - c.on_policy_ramp / 2) * c.epochs * train * samples * (s.student + s.answer / 2),
         "evaluate": evaluated * s.student * (s.train / (3 * s.forward) if s.forward else 1.0)
         + per_request * (s.context + ARMS_TIMED * s.request),
     }

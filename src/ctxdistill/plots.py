@@ -95,6 +95,37 @@ def break_even_plots(evaluation: Mapping[str, Any]) -> list[Markup]:
     return plots
 
 
+def strength_plot(points: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """Share of the KL that the adapter closes, with its band, over its strength, and the KL on unrelated prompts below it;
+    None for fewer than two points."""
+    known = [p for p in points if p["kl_closed"]]
+    if len(known) < 2:
+        return None
+    figure = _figure()
+    elsewhere = [p for p in known if p.get("unrelated_kl")]
+    if elsewhere:
+        top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [5, 3]})
+        bottom.plot(
+            [p["strength"] for p in elsewhere],
+            [p["unrelated_kl"]["mean"] for p in elsewhere],
+            "o-",
+            color=TEACHER,
+            markersize=4,
+            linewidth=1.4,
+        )
+        _style(bottom, "strength", "unrelated KL")
+    else:
+        top = figure.subplots()
+    x = [p["strength"] for p in known]
+    mean, low, high = ([100 * p["kl_closed"][key] for p in known] for key in ("mean", "low", "high"))
+    top.plot(x, mean, "o-", color=STUDENT, markersize=4, linewidth=1.6)
+    top.fill_between(x, low, high, color=STUDENT, alpha=0.12, linewidth=0)
+    top.axvline(1.0, color=INK, linestyle=":", linewidth=1)
+    _style(top, "" if elsewhere else "strength", "KL closed %")
+    top.set_xticks(x, [f"{value:g}" for value in x])
+    return _svg(figure, "strength", "Share of the KL that is closed, over the strength of the adapter")
+
+
 def _break_even(teacher: float, student: float, paid: float, crossing: float, unit: str) -> Markup:
     figure = _figure()
     axes = figure.subplots()

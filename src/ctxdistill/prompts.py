@@ -220,6 +220,20 @@ class Prompter:
         section = self.recipe.queries.model_copy(update={"messages": None, "prompt": "prompt"})
         return self.pair(Row(id="typed", fields={"prompt": text}, origin="typed"), section)
 
+    def served(self, messages: list[Message], system: str | None = None) -> tuple[int, ...]:
+        """The prompt for messages as they are, behind `system` or else behind what the student keeps; in the text style,
+        their text alone."""
+        if self.recipe.prompt.style == "text":
+            text = "".join(str(m["content"]) + self.recipe.prompt.separator for m in messages)
+            return tuple(self.tokenizer(text)["input_ids"])
+        system = self.recipe.context.student_system if system is None else system
+        head = [{"role": "system", "content": system}] if system is not None else []
+        return tuple(self._render([*head, *messages], True, teacher=False))
+
+    def served_query(self, row: Row, section: DataSection, system: str) -> tuple[int, ...]:
+        """The prompt of a row's query behind a `system` prompt of somebody else's, which takes the place of its own."""
+        return self.served([m for m in self._query_messages(row, section) if m["role"] != "system"], system)
+
     def _messages(self, row: Row, column: str) -> list[Message]:
         value = row.fields.get(column)
         if isinstance(value, str):

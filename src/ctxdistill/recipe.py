@@ -167,6 +167,9 @@ class TargetsSection(Section):
 class LoraSection(Section):
     """The student's adapter."""
 
+    method: Literal["lora", "dora", "rslora"] = "lora"
+    """`lora`; `dora` learns a magnitude of each output beside the update (arXiv 2402.09353); `rslora` multiplies the update
+    by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732). vLLM does not serve `dora`."""
     rank: Positive = 16
     """Rank of the update. vLLM serves up to 16 without a flag."""
     alpha: AboveZero = 32.0
@@ -188,6 +191,18 @@ class TrainSection(Section):
     """Share of plain cross-entropy on the completion tokens in the loss: (1 - w) * divergence + w * cross-entropy."""
     epochs: Positive = 4
     """Passes over the training queries."""
+    on_policy: Fraction = 0.0
+    """Share of the completions that the student writes itself, with the adapter as it is at the start of a round, in the
+    place of the teacher's; the teacher says how likely it finds their tokens. 0: all from `completions`; 1: all its own."""
+    on_policy_ramp: Fraction = 0.0
+    """Share of the training during which `on_policy` rises from 0 to its value, round by round; 0: constant."""
+    on_policy_temperature: AtLeastZero = 1.0
+    """Sampling temperature of the student's completions; 0 is greedy."""
+    round_steps: NotNegative = 0
+    """Optimizer steps of a round: the student writes for so many steps ahead. 0: an epoch."""
+    retain_weight: AtLeastZero = 0.0
+    """Adds so many times the divergence from the base model on everyday prompts to the loss, so that what has nothing to do
+    with the context stays as it was; each step has a quarter as many of these rows as others."""
     lr: AboveZero = 5e-4
     """Peak learning rate of AdamW; linear warm-up, then cosine to `min_lr` times this."""
     min_lr: Fraction = 0.1
@@ -239,6 +254,23 @@ class EvalSection(DataSection):
     """Resamples behind each 95 % interval."""
 
 
+class BehaviourSection(Section):
+    """What else the adapter does, measured after training: on unrelated prompts, turned up and down, prompted again."""
+
+    unrelated: Annotated[int, Field(ge=0, le=24)] = 16
+    """Everyday prompts that have nothing to do with the context, on which the KL to the base model is measured; 0 skips it."""
+    rows: NotNegative = 0
+    """Held-out rows on which the adapter's strength is varied, and which are asked behind the context and behind another
+    system prompt; 0 skips these checks."""
+    strengths: list[AtLeastZero] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
+    """Strengths that are tried: 0 is the base model, 1 the adapter as trained."""
+    contexts: str | None = None
+    """Where rows have contexts of their own (`context.column`), a column that names them: gives the cross-talk matrix, rows
+    of one context measured against the teachers of all."""
+    other_system: str = "Answer every message with one short sentence in capital letters."
+    """A system prompt that asks for something else than the context does. Empty: not tried."""
+
+
 class GateSection(Section):
     """Is there anything to teach? Runs before training."""
 
@@ -275,6 +307,7 @@ class Recipe(Section):
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
+    behaviour: BehaviourSection = BehaviourSection()
     gate: GateSection = GateSection()
     cost: CostSection = CostSection()
     base_dir: Path = Field(default=Path("."), exclude=True)
@@ -405,12 +438,28 @@ class Recipe(Section):
                 'targets.kind = "topk" works at train.temperature = 1 only: the tail is one number and cannot be softened; '
                 'use targets.kind = "hidden"'
             )
+        if self.train.on_policy and self.completions.source == "label":
+            problems.append(
+                'train.on_policy has no effect on one label; it needs completions.source = "teacher" or "data"'
+            )
+        if self.train.on_policy and self.train.ce_weight:
+            problems.append(
+                "train.ce_weight would teach the student its own completions where train.on_policy is above 0; drop one"
+            )
+        if not self.train.on_policy and (self.train.on_policy_ramp or self.train.round_steps):
+            problems.append("train.on_policy_ramp and train.round_steps need train.on_policy above 0")
+        if not self.completions.supervise_end and self.train.on_policy:
+            problems.append(
+                "completions.supervise_end = false needs train.on_policy = 0: the student's end is supervised"
+            )
         if not self.completions.supervise_end and self.completions.source == "teacher":
             problems.append('completions.supervise_end = false needs completions.source = "data" or "label"')
         return problems
 
     def _evaluation(self) -> list[str]:
         problems = list[str]()
+        if self.behaviour.contexts and not self.context.column:
+            problems.append("behaviour.contexts needs context.column: it names the contexts that the rows have")
         if self.eval.format is not None:
             try:
                 re.compile(self.eval.format)

@@ -25,12 +25,15 @@ from ctxdistill.results import (
     NO_VALUE,
     Data,
     arm_label,
+    behaviour_facts,
     cells,
+    crosstalk_table,
     examples,
     finite,
     mean_of,
     metric_label,
     result_table,
+    round_table,
     scored,
     verdict,
 )
@@ -135,7 +138,7 @@ def _filled(group: Mapping[str, Any] | None, *keys: str) -> Data:
 
 def _view(folder: RunDir) -> Data:
     """Everything on the page."""
-    from ctxdistill.plots import break_even_plots, training_plot  # matplotlib takes a second to load
+    from ctxdistill.plots import break_even_plots, strength_plot, training_plot  # matplotlib takes a second to load
 
     recipe, evaluation = _read(folder)
     return {
@@ -145,6 +148,10 @@ def _view(folder: RunDir) -> Data:
         "gate_facts": _gate_facts(evaluation.get("gate") or {}),
         "training_facts": _plain(evaluation.get("training") or {}),
         "curves": training_plot(folder.read_jsonl("metrics.jsonl")),
+        "crosstalk": crosstalk_table(evaluation.get("crosstalk")),
+        "behaviour": behaviour_facts(evaluation),
+        "strength_plot": strength_plot((evaluation.get("behaviour") or {}).get("strengths") or []),
+        "rounds": round_table(folder.read_jsonl("metrics.jsonl")),
         "break_even": _break_even(evaluation.get("cost") or {}),
         "break_even_plots": break_even_plots(evaluation),
         "examples": examples(folder.read_jsonl("scores.jsonl"), evaluation),

@@ -82,6 +82,92 @@ def result_table(evaluation: Mapping[str, Any]) -> list[Data]:
     return rows
 
 
+ROUND = {
+    # key of a line: (label, factor, digits after the point)
+    "reverse_kl": ("KL(student‖teacher)", 1, 3),
+    "student_entropy": ("entropy", 1, 3),
+    "teacher_entropy": ("teacher's entropy", 1, 3),
+    "tokens": ("tokens", 1, 1),
+    "ended": ("ended %", 100, 1),
+    "repeated": ("repeated %", 100, 1),
+}
+
+
+def round_table(metrics: Sequence[Mapping[str, Any]]) -> Data | None:
+    """The rounds of on-policy training, as `columns` and `rows` of text; None where there were none."""
+    lines = [line for line in metrics if line.get("event") == "round"]
+    if not lines:
+        return None
+    rows = []
+    for line in lines:
+        numbers = ((line.get(key), factor, digits) for key, (_, factor, digits) in ROUND.items())
+        texts = [f"{value * factor:,.{digits}f}" if finite(value) else NO_VALUE for value, factor, digits in numbers]
+        rows.append([str(line["round"]), str(line["step"]), f"{line['student_rows']} of {line['rows']}", *texts])
+    return {
+        "columns": ["round", "from step", "by the student", *(label for label, _, _ in ROUND.values())],
+        "rows": rows,
+    }
+
+
+def crosstalk_table(found: Mapping[str, Any] | None) -> Data | None:
+    """The cross-talk matrix as `columns` and `rows` of text, the first cell of a row being its name."""
+    if not found:
+        return None
+    columns = ["rows of", *(f"teacher of {name}" for name in found["names"]), "nearest to its own %", "KL closed %"]
+    rows = [
+        [
+            i,
+            *(cells("kl", found["kl"][i][j]) for j in found["names"]),
+            cells("exact_match", found["nearest"][i]),
+            cells("kl_closed", found["closed"][i]),
+        ]
+        for i in found["names"]
+    ]
+    return {"columns": columns, "rows": rows}
+
+
+UNRELATED = 0.1
+"""Share of the taught KL above which a change on unrelated prompts is remarked upon."""
+
+
+def unrelated_share(evaluation: Mapping[str, Any]) -> float | None:
+    """KL to the base model on unrelated prompts, as a share of the KL that was to be taught."""
+    found = (evaluation.get("behaviour") or {}).get("unrelated")
+    taught = (evaluation["table"].get("zero_shot", {}).get("kl") or {}).get("mean")
+    return found["kl"]["mean"] / taught if found and finite(taught) and taught > 0 else None
+
+
+def behaviour_facts(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the adapter does elsewhere, as pairs of text; empty where nothing was measured."""
+    found = evaluation.get("behaviour") or {}
+    facts = []
+
+    def per_cent(estimate: Mapping[str, Any]) -> str:
+        return cells("exact_match", estimate, unit="%")
+
+    if one := found.get("unrelated"):
+        share = unrelated_share(evaluation)
+        text = f"KL to the base model {cells('kl', one['kl'])} nats per token"
+        text += f", {100 * share:.1f} % of the KL that was taught" if share is not None else ""
+        facts.append((f"{one['rows']} unrelated prompts", f"{text}; the same answer on {per_cent(one['same'])}"))
+    if one := found.get("again"):
+        text = f"KL to the teacher {cells('kl', one['kl'])} nats per token, {cells('kl', one['alone'])} without it"
+        facts.append(
+            ("with the context in its prompt again", f"{text}; the teacher's answer on {per_cent(one['same'])}")
+        )
+    if one := found.get("other"):
+        text = f"the base model's answer there on {per_cent(one['obeys'])}, that of the taught context on"
+        text += f" {per_cent(one['keeps'])} (the two are the same on {per_cent(one['base_keeps'])})"
+        text += f"; KL to the base model {cells('kl', one['kl'])} nats per token"
+        facts.append((f"behind another system prompt, “{one['system']}”", text))
+    for point in found.get("strengths") or []:
+        text = f"KL closed {cells('kl_closed', point['kl_closed'], unit='%')}"
+        if point.get("unrelated_kl"):
+            text += f"; KL on unrelated prompts {cells('kl', point['unrelated_kl'])}"
+        facts.append((f"strength {point['strength']:g}", text))
+    return facts
+
+
 def metric_label(metric: str) -> str:
     """`exact_match` -> `exact match %`; a user's own metric keeps its name."""
     return METRICS[metric][0] if metric in METRICS else metric
@@ -119,6 +205,9 @@ def verdict(evaluation: Mapping[str, Any]) -> Data:
         # A KL that is mostly form (the right kind of answer) can be closed while the answers are not the teacher's.
         gap = (evaluation.get("gap_closed") or {}).get("mean")
         level = "close" if finite(gap) and gap >= LEVELS["close"] else "partial"
+    apart = evaluation.get("crosstalk") or {"good": True}
+    if level in LEVELS and not apart["good"]:
+        level = "partial"
     if metric and student.get(metric) and teacher.get(metric):
         unit = " %" if metric_label(metric).endswith("%") else ""
         claim += f" and answers with {scored(metric, student[metric]['mean'])}"
@@ -157,6 +246,15 @@ def _remarks(evaluation: Mapping[str, Any], level: str, metric: str | None) -> l
     if student and student["mean"] <= constant["mean"]:
         floor = scored(constant["metric"], constant["mean"])
         remarks.append(f"Always answering “{constant['prediction']}” scores {floor}; the adapter does not beat that.")
+    if not (evaluation.get("crosstalk") or {"good": True})["good"]:
+        remarks.append(
+            f"The contexts are not all learnt and kept apart: {'; '.join(evaluation['crosstalk']['reasons'])}."
+        )
+    if (share := unrelated_share(evaluation)) is not None and share > UNRELATED:
+        kl = cells("kl", evaluation["behaviour"]["unrelated"]["kl"])
+        remarks.append(
+            f"It changes unrelated prompts, too: KL to the base model {kl} nats per token, {100 * share:.0f} % of the taught KL."
+        )
     if gate.get("verdict", "teach") != "teach":
         reasons = "; ".join(gate.get("reasons") or ["no reason recorded"])
         remarks.append(f"The gate had found nothing to teach: {reasons}.")

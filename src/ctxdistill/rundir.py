@@ -163,7 +163,7 @@ class RunDir:
     def append(self, name: str, value: Any) -> None:
         """Add one line to a JSON-lines file."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            (self / name).parent.mkdir(parents=True, exist_ok=True)
             with open(self / name, "ab+") as file:
                 if size := file.tell():
                     file.seek(size - 1)

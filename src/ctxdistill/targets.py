@@ -106,8 +106,9 @@ class Job:
     """One completion to label."""
 
     pair: Pair
-    sample: int
     key: str
+    ids: tuple[int, ...] | None
+    """The completion, where it is given; None where the teacher writes it or chooses a label."""
 
 
 def label(
@@ -119,12 +120,18 @@ def label(
     *,
     completions: CompletionsSection | None = None,
     kind: TargetsSection | None = None,
+    written: Sequence[tuple[int, ...]] | None = None,
+    prefix: Prefix | None = None,
     progress: Progress = no_progress,
     stage: str = "teacher",
 ) -> list[list[Target]]:
     """Targets for every pair: `completions.samples` of them each, in the order of `pairs`.
 
-    `completions` and `kind` take the place of the recipe's, for rows that are evaluated and not trained on.
+    Args:
+        completions, kind: in the place of the recipe's, for rows that are evaluated and not trained on.
+        written: completions that somebody else has written (the student), one for each pair, in the place of the
+            rows' answers (`completions.source = "data"`).
+        prefix: what all teacher prompts start with, if it has been read already.
     """
     completions, kind = completions or recipe.completions, kind or recipe.targets
     base = fingerprint(
@@ -133,14 +140,12 @@ def label(
     if completions.source == "label":
         base = fingerprint([base, prompter.labels])
     seed = recipe.train.seed if completions.temperature > 0 else 0
-    given = completions.source == "data"
+    given: Sequence[tuple[int, ...] | None] = [None] * len(pairs)
+    if completions.source == "data":
+        given = written or [prompter.completion(pair.answer or "") for pair in pairs]
     jobs = [
-        Job(
-            pair,
-            sample,
-            fingerprint([base, pair.teacher, prompter.completion(pair.answer or "") if given else None, sample, seed]),
-        )
-        for pair in pairs
+        Job(pair, fingerprint([base, pair.teacher, ids, sample, seed]), ids)
+        for pair, ids in zip(pairs, given, strict=True)
         for sample in range(completions.samples)
     ]
     group = documents([job.pair.teacher for job in jobs])
@@ -149,7 +154,8 @@ def label(
     todo = [[jobs[i] for i in chunk if jobs[i].key not in store] for chunk in chunks]
     with torch.no_grad(), lm.adapter(False):
         # The prefix of all rows, also when some are done: its length must not depend on what is left to do.
-        prefix = lm.prefix([job.pair.teacher for job in jobs]) if any(todo) else None
+        if prefix is None and any(todo):
+            prefix = lm.prefix([job.pair.teacher for job in jobs])
         for number, batch in enumerate(todo):
             if batch:
                 store.add(_label_batch(lm, prompter, batch, completions, kind, seed, prefix))
@@ -178,8 +184,9 @@ def _label_batch(
     prefix: Prefix | None,
 ) -> list[Target]:
     prompts = [job.pair.teacher for job in jobs]
-    if completions.source == "data":
-        ids = [prompter.completion(job.pair.answer or "") for job in jobs]
+    given = [job.ids for job in jobs if job.ids is not None]
+    if given:  # of one source: all of them or none
+        ids = given
     elif completions.source == "label":
         scores = score_labels(lm, prompts, prompter.labels, prefix=prefix, batch_size=kind.batch_size).logprobs
         words = list(prompter.labels.values())

@@ -43,6 +43,8 @@ class Example:
 LOGITS = 2**22
 """Logits of a chunk of the loss on a CPU: 16 MB in fp32, which stay in its cache between the passes over them. An
 accelerator gets 16 times as many."""
+Source = Callable[[int], list[Example]]
+"""What is learnt from at a step (counted from 0), where it is not the rows of `rows_of` as they are."""
 Stats = dict[str, torch.Tensor]
 """Sums over the positions of a step, by name."""
 
@@ -159,6 +161,19 @@ def order(n: int, epoch: int, seed: int, shuffle: bool = True) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
+def rows_of(step: int, n: int, section: TrainSection) -> list[int]:
+    """Which of `n` rows a step learns from."""
+    epoch, position = divmod(step, math.ceil(n / section.batch_size))
+    first = position * section.batch_size
+    return order(n, epoch, section.seed, section.shuffle)[first : first + section.batch_size]
+
+
+def retained_at(step: int, retained: Sequence[Example], section: TrainSection) -> list[Example]:
+    """The rows of a step that hold the student to the base model: a quarter of a batch, in turn."""
+    count = min(len(retained), max(1, section.batch_size // 4))
+    return [retained[(step * count + i) % len(retained)] for i in range(count)]
+
+
 def train(
     lm: LM,
     examples: Sequence[Example],
@@ -166,10 +181,14 @@ def train(
     section: TrainSection,
     run: RunDir,
     *,
+    source: Source | None = None,
+    retained: Sequence[Example] = (),
     progress: Progress = no_progress,
 ) -> State:
     """Train the adapter on `examples`; leave the best one by `validation` (or the last) on the model.
 
+    `retained` rows add `retain_weight` times their own mean loss (without cross-entropy) to that of each step.
+    With a `source`, each step learns from what that returns; it may use the model as it then is (`policy.Rounds`).
     Goes on from the newest checkpoint in the run folder, if there is one.
 
     Raises: `TrainError` when the loss or a gradient is not finite, or no gradient reaches the adapter.
@@ -191,39 +210,50 @@ def train(
 
     while state.step < steps and not state.stopped:
         started = time.perf_counter()
-        epoch, position = divmod(state.step, per_epoch)
-        rows = order(len(examples), epoch, section.seed, section.shuffle)[
-            position * section.batch_size : (position + 1) * section.batch_size
-        ]
-        batch = [examples[i] for i in rows]
+        batch = source(state.step) if source else [examples[i] for i in rows_of(state.step, len(examples), section)]
         tokens = sum(len(e.target.ids) for e in batch)  # of all processes: the one denominator of this step
-        mine = batch[rank::world]
-        micro = section.micro_batch or len(batch)
+        kept = retained_at(state.step, retained, section) if section.retain_weight else []
+        parts = [(batch, float(tokens), section, "loss")]
+        if kept:
+            mean = sum(len(e.target.ids) for e in kept) / section.retain_weight
+            parts.append((kept, mean, section.model_copy(update={"ce_weight": 0.0}), "retain"))
         rate = learning_rate(state.step, steps, section)
         for group in optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(section.seed * 1_000_003 + state.step)  # dropout, if any
         optimizer.zero_grad()
         sums = Stats()
-        for i in range(0, len(mine), micro):
-            loss = batch_loss(lm, mine[i : i + micro], section, sums) / tokens
-            accelerator.backward(loss)
-            add(sums, "loss", loss)
+        for rows, divisor, how, name in parts:
+            mine, micro = rows[rank::world], section.micro_batch or len(rows)
+            for i in range(0, len(mine), micro):
+                loss = batch_loss(lm, mine[i : i + micro], how, sums if name == "loss" else None) / divisor
+                accelerator.backward(loss)
+                add(sums, name, loss)
         if world > 1:
             for parameter in parameters.values():
                 parameter.grad = accelerator.reduce(
                     parameter.grad if parameter.grad is not None else torch.zeros_like(parameter), "sum"
                 )
             # one tensor of a fixed length: a process without a row in this step must take part all the same
-            names = ("loss", "kl", "reverse_kl", "jsd", "forward_kl", "ce", "teacher_entropy", "student_entropy")
+            names = (
+                "loss",
+                "retain",
+                "kl",
+                "reverse_kl",
+                "jsd",
+                "forward_kl",
+                "ce",
+                "teacher_entropy",
+                "student_entropy",
+            )
             values = torch.stack([sums.get(name, torch.zeros((), device=lm.device)).float() for name in names])
             sums = {
                 n: v for n, v in zip(names, accelerator.reduce(values, "sum"), strict=True) if n == "loss" or n in sums
             }
         stats = {name: float(value) for name, value in sums.items()}
-        total = stats.pop("loss", 0.0)
+        total = stats.pop("loss", 0.0) + (retain := stats.pop("retain", 0.0))
         norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), section.clip))
-        check_step(state.step + 1, total, norm, batch)
+        check_step(state.step + 1, total, norm, [*batch, *kept])
         optimizer.step()
         state.step += 1
         state.tokens += tokens
@@ -242,12 +272,16 @@ def train(
                 **{k: v / tokens for k, v in stats.items()},
                 "seconds": time.perf_counter() - started,
             }
+            if kept:
+                line["retain"] = retain / section.retain_weight
             run.append("metrics.jsonl", line)
         progress(f"train (loss {total:.3f})", state.step, steps)
         if validation and state.step % per_epoch == 0:
             validate(lm, validation, section, state, per_epoch, run if main else None, parameters)
-        every = section.checkpoint_every
-        if main and every and (state.step % every == 0 or state.step == steps or state.stopped):
+        every, whole = section.checkpoint_every, section.round_steps or per_epoch
+        due = state.step % every == 0 if every else False
+        due = due or (section.on_policy > 0 and state.step % whole == 0)  # the student that writes the next round
+        if main and every and (due or state.step == steps or state.stopped):
             checkpoint(run, state, parameters, optimizer)
 
     accelerator.wait_for_everyone()

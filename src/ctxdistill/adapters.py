@@ -1,0 +1,60 @@
+"""What can be done to trained adapters: turned up and down, and added.
+
+In: a model with adapters of peft. Out: the same model. Invariants: strength 0 is the base model and 1 the adapter as it was
+trained, to the last bit; a weighted sum is the sum of the updates themselves, not of their factors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+
+from ctxdistill.lm import LM
+
+
+def scale(lm: LM, value: float) -> None:
+    """Multiply the update of the adapter that is on by `value` (at least 0).
+
+    DoRA's update has a magnitude per output, too: it moves from the base weights' own (0) to the trained one (1) and on.
+    """
+    for layer, name in _layers(lm):
+        layer.scaling[name] *= value
+        if name in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[name]
+            with torch.no_grad():
+                base = torch.linalg.norm(layer.get_base_layer().weight, dim=1)  # [out]
+                magnitude.weight.copy_(base + value * (magnitude.weight - base))
+
+
+@contextlib.contextmanager
+def strength(lm: LM, value: float) -> Iterator[None]:
+    """Inside, the adapter has this strength (see `scale`)."""
+    before = [
+        (layer, name, layer.scaling[name], _copy(layer.lora_magnitude_vector, name)) for layer, name in _layers(lm)
+    ]
+    scale(lm, value)
+    try:
+        yield
+    finally:
+        for layer, name, scaling, magnitude in before:
+            layer.scaling[name] = scaling
+            if magnitude is not None:
+                with torch.no_grad():
+                    layer.lora_magnitude_vector[name].weight.copy_(magnitude)
+
+
+def _layers(lm: LM) -> Iterator[tuple[Any, str]]:
+    """The adapted layers with the name of their active adapter."""
+    for module in lm.model.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.active_adapters:
+                if name in module.scaling:
+                    yield module, name
+
+
+def _copy(magnitudes: Any, name: str) -> torch.Tensor | None:
+    return magnitudes[name].weight.detach().clone() if name in magnitudes else None

@@ -1,0 +1,172 @@
+"""What the adapter does beyond the held-out rows as they are served: elsewhere, turned up and down, prompted again.
+
+In: a model with its adapter on, held-out pairs with the teacher's targets, everyday prompts. Out: the part `behaviour` of
+`evaluation.json`. Invariants: whoever is compared sees the same completion ids, written by the side that the student is
+compared with; every estimate comes with a 95 % interval over rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ctxdistill import generic, stats
+from ctxdistill.adapters import strength
+from ctxdistill.dataset import Data
+from ctxdistill.evaluate import Score, fidelity, kl_estimate, same, teacher_targets
+from ctxdistill.lm import LM, check_fit
+from ctxdistill.prompts import Pair, Prompter, join
+from ctxdistill.recipe import CompletionsSection, Recipe, TargetsSection
+from ctxdistill.rundir import Progress, no_progress
+from ctxdistill.targets import Target, TargetStore, label
+
+
+def behaviour(
+    recipe: Recipe, lm: LM, prompter: Prompter, rows: Data, store: TargetStore, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """All checks that `recipe.behaviour` asks for: `unrelated`, and on a number of held-out rows `strengths`, `again`
+    and `other` (not in the text style, which has no roles). A check that is off is None."""
+    b = recipe.behaviour
+    found: dict[str, Any] = {"rows": 0, "unrelated": None, "strengths": None, "again": None, "other": None}
+    check = Check(recipe, lm, prompter, store)
+    plain = unrelated(prompter, generic.HELD_OUT[: b.unrelated])
+    theirs = check.base(plain, TOKENS) if plain else []
+    if plain:
+        progress("behaviour", 0, 4)
+        found["unrelated"] = check.compare(plain, theirs)
+    pairs = rows.pairs["eval"][: b.rows]
+    if not pairs:
+        return found
+    targets = teacher_targets(lm, prompter, pairs, recipe, store)
+    found["rows"] = len(pairs)
+    with lm.adapter(False):
+        base = check.scores(pairs, targets)
+    progress("behaviour", 1, 4)
+    found["strengths"] = []
+    for value in b.strengths:
+        with strength(lm, value):
+            point = {"strength": value, "kl_closed": check.closed(check.scores(pairs, targets), base)}
+            point["unrelated_kl"] = kl_estimate(check.scores(plain, theirs), **check.options) if plain else None
+        found["strengths"].append(point)
+    progress("behaviour", 2, 4)
+    again = [dataclasses.replace(pair, student=pair.teacher) for pair in pairs]
+    alone = kl_estimate(check.scores(pairs, targets), **check.options)
+    found["again"] = check.compare(again, targets) | {"alone": alone}
+    progress("behaviour", 3, 4)
+    if recipe.prompt.style == "chat" and b.other_system:
+        found["other"] = other(check, rows, pairs, targets)
+    progress("behaviour", 4, 4)
+    return found
+
+
+def unrelated(prompter: Prompter, texts: Sequence[str]) -> list[Pair]:
+    """Everyday prompts as the student gets them; the teacher's prompt is the same one, so the teacher is the base model."""
+    prompts = [prompter.served([{"role": "user", "content": text}]) for text in texts]
+    return [
+        Pair(f"generic-{i}", text, None, ids, ids, "generic", {})
+        for i, (text, ids) in enumerate(zip(texts, prompts, strict=True))
+    ]
+
+
+def other(check: Check, rows: Data, pairs: Sequence[Pair], targets: Sequence[Target]) -> dict[str, Any]:
+    """The held-out queries behind another system prompt: against the base model with the same one.
+
+    `obeys` is the share of answers that are the base model's there, `keeps` the share of those that are the teacher's with
+    the taught context, `base_keeps` how often base model and teacher agree anyhow.
+    """
+    held_out, section = rows.splits["eval"]
+    system = check.recipe.behaviour.other_system
+    prompts = [check.prompter.served_query(row, section, system) for row in held_out[: len(pairs)]]
+    there = [dataclasses.replace(p, teacher=ids, student=ids) for p, ids in zip(pairs, prompts, strict=True)]
+    theirs = check.base(there, check.recipe.eval.max_new_tokens)
+    scores = check.scores(there, theirs, write=True)
+    taught = [check.prompter.text(target.ids) for target in targets]
+    asked = [check.prompter.text(target.ids) for target in theirs]
+    keeps = [float(same(s["prediction"], text)) for s, text in zip(scores, taught, strict=True)]
+    agree = [float(same(a, b)) for a, b in zip(asked, taught, strict=True)]
+    return {
+        "system": system,
+        "kl": kl_estimate(scores, **check.options),
+        "obeys": check.share([s["same"] for s in scores]),
+        "keeps": check.share(keeps),
+        "base_keeps": check.share(agree),
+    }
+
+
+TOKENS = 32
+"""Longest answer of the base model to an everyday prompt."""
+
+
+class Check:
+    """What the checks share."""
+
+    def __init__(self, recipe: Recipe, lm: LM, prompter: Prompter, store: TargetStore) -> None:
+        self.recipe, self.lm, self.prompter, self.store = recipe, lm, prompter, store
+        self.options = {"resamples": recipe.eval.bootstrap, "seed": recipe.train.seed}
+
+    def base(self, pairs: Sequence[Pair], limit: int) -> list[Target]:
+        """The base model's own greedy answers to the prompts `pair.teacher`, with what it says of each token."""
+        kind = TargetsSection(kind="hidden", batch_size=self.recipe.targets.batch_size)
+        return base_targets(self.lm, self.prompter, pairs, self.recipe, self.store, kind, limit)
+
+    @torch.no_grad()
+    def scores(self, pairs: Sequence[Pair], targets: Sequence[Target], *, write: bool = False) -> list[Score]:
+        """`kl`, `top1` and `tokens` of the model as it is now behind `pair.student`, against `targets`; with `write` also
+        its greedy answer, `prediction`, and whether it is the target's, `same`."""
+        prompts = [pair.student for pair in pairs]
+        prefix = self.lm.prefix(prompts)
+        size = self.recipe.targets.batch_size
+        scores: list[Score] = []
+        for start in range(0, len(pairs), size):
+            some = slice(start, start + size)
+            rows = [join(prompt, t.ids) for prompt, t in zip(prompts[some], targets[some], strict=True)]
+            hidden = self.lm.hidden(rows, prefix)
+            new = [fidelity(self.lm, self.prompter, t, h) for t, h in zip(targets[some], hidden, strict=True)]
+            if write:
+                limit = 1 + max(len(t.ids) for t in targets[some])  # one more shows an answer that goes on
+                written = self.lm.generate(prompts[some], max_new_tokens=limit, ends=self.prompter.ends, prefix=prefix)
+                for score, target, ids in zip(new, targets[some], written, strict=True):
+                    # no further than the other side was let
+                    score["prediction"] = self.prompter.text(
+                        ids[: len(target.ids)] if not self.prompter.ends(list(target.ids)) else ids
+                    )
+                    score["same"] = float(same(score["prediction"], self.prompter.text(target.ids)))
+            scores += new
+        return scores
+
+    def compare(self, pairs: Sequence[Pair], targets: Sequence[Target]) -> dict[str, Any]:
+        """KL to the targets, and the share of answers that are the same."""
+        scores = self.scores(pairs, targets, write=True)
+        return {
+            "rows": len(scores),
+            "kl": kl_estimate(scores, **self.options),
+            "same": self.share([s["same"] for s in scores]),
+        }
+
+    def closed(self, student: Sequence[Score], base: Sequence[Score]) -> dict[str, Any] | None:
+        """`kl_closed` on these rows."""
+        own, others = ([s["kl"] * s["tokens"] for s in side] for side in (student, base))
+        found = stats.kl_closed(own, others, [s["tokens"] for s in base], **self.options)
+        return found.to_dict() if found else None
+
+    def share(self, values: Sequence[float]) -> dict[str, Any]:
+        return stats.bootstrap_mean(values, **self.options).to_dict()
+
+
+def base_targets(
+    lm: LM,
+    prompter: Prompter,
+    pairs: Sequence[Pair],
+    recipe: Recipe,
+    store: TargetStore,
+    kind: TargetsSection,
+    limit: int = TOKENS,
+) -> list[Target]:
+    """What the base model answers to each `pair.teacher`, at most `limit` tokens, greedy. Raises: `FitError`."""
+    check_fit([(p.origin, len(p.teacher) + limit) for p in pairs], lm.window, "a prompt of the behaviour checks")
+    completions = CompletionsSection(source="teacher", max_new_tokens=limit)
+    made = label(lm, prompter, pairs, recipe, store, completions=completions, kind=kind, stage="base answers")
+    return [row[0] for row in made]

@@ -1,0 +1,164 @@
+"""Adapters of several runs become one, by a weighted sum of their updates, and are measured before anybody trusts it.
+
+In: finished runs with the same base model, a weight for each. Out: a folder with the adapter, `compose.json` and
+`README.md`. Invariants: the sum is exact, W + sum of w_i times update_i (the factors are put side by side, so the ranks add
+up); the sum is judged on the held-out rows of every run, beside each adapter alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctxdistill.behaviour import Check
+from ctxdistill.crosstalk import CLOSED, matrix
+from ctxdistill.dataset import prepare, stored_recipe
+from ctxdistill.errors import ModelError, RunError
+from ctxdistill.evaluate import teacher_targets
+from ctxdistill.lm import LM
+from ctxdistill.recipe import Recipe
+from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress, write_atomic
+from ctxdistill.targets import TargetStore
+from ctxdistill.weights import quiet_peft
+
+ROWS = 32
+"""Held-out rows of each run on which the sum is measured."""
+
+
+def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Sum the adapters of `runs` (folder -> weight) into `out`, and measure the sum.
+
+    Returns what `compose.json` holds: `names`, `weights`, `rank`; `alone`, KL closed on the rows of one run (first key) by
+    the adapter of another; `closed`, the same by the sum; `kl`, `nearest`, `good` and `reasons` of the cross-talk matrix.
+
+    Raises: `RunError` for fewer than two runs or an `out` that is there; `ModelError` for adapters that cannot be summed.
+    """
+    folders = [RunDir.existing(run) for run in runs]
+    names = distinct([folder.path for folder in folders])
+    if len(folders) < 2:
+        raise RunError("there is nothing to compose", expected="two or more runs", found=", ".join(names) or "none")
+    if Path(out).exists():
+        raise RunError(f"{out} is there already", fix="choose another folder with --out")
+    recipes = [stored_recipe(folder) for folder in folders]
+    check_same(folders, recipes)
+    lm, prompter, data = prepare(recipes[0])
+    prompters, rows = [prompter], [data]
+    for recipe in recipes[1:]:
+        _, prompter, data = prepare(recipe, lm)
+        prompters.append(prompter)
+        rows.append(data)
+    load(lm, folders, names, list(runs.values()))
+    stores = [
+        TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else folder / "targets")
+        for recipe, folder in zip(recipes, folders, strict=True)
+    ]
+    checks = [Check(r, lm, p, s) for r, p, s in zip(recipes, prompters, stores, strict=True)]
+    held_out = [data.pairs["eval"][:ROWS] for data in rows]
+    alone: dict[str, dict[str, Any]] = {}
+    for name, check, pairs in zip(names, checks, held_out, strict=True):
+        targets = teacher_targets(lm, check.prompter, pairs, check.recipe, check.store)
+        with lm.adapter(False):
+            base = check.scores(pairs, targets)
+        alone[name] = {}
+        for other in names:
+            lm.peft.set_adapter(other)
+            alone[name][other] = check.closed(check.scores(pairs, targets), base)
+        progress and progress("adapters alone", len(alone), len(names))
+    lm.peft.set_adapter("composed")
+    groups = {}
+    for name, data in zip(names, rows, strict=True):
+        queries, section = data.splits["eval"]
+        groups[name] = {
+            other: [prompter.pair(row, section) for row in queries[:ROWS]]
+            for other, prompter in zip(names, prompters, strict=True)
+        }
+    with tempfile.TemporaryDirectory() as folder:  # what one context's teacher says of another's rows belongs to no run
+        check = Check(recipes[0], lm, prompters[0], TargetStore(Path(folder)))
+        found = matrix(check, groups, progress or no_progress)
+    rank = sum(recipe.lora.rank for recipe in recipes)
+    found |= {"weights": dict(zip(names, runs.values(), strict=True)), "rank": rank, "alone": alone}
+    save(lm, Path(out), found, [folder.path for folder in folders])
+    return found
+
+
+def distinct(paths: Sequence[Path]) -> list[str]:
+    """A short name for each run: its folder's, with a number where two are called the same. PEFT wants no dots."""
+    names: list[str] = []
+    for path in paths:
+        name = path.resolve().name.replace(".", "-")
+        names.append(name if name not in [*names, "composed"] else f"{name}-{len(names) + 1}")
+    return names
+
+
+def check_same(folders: Sequence[RunDir], recipes: Sequence[Recipe]) -> None:
+    """Raise `ModelError` for runs whose adapters cannot be summed."""
+    hashes = [folder.read_json("recipe.json")["model"]["weights_sha256"] for folder in folders]
+    for folder, sha in zip(folders, hashes, strict=True):
+        if sha != hashes[0]:
+            raise ModelError(
+                "adapters of different base models cannot be summed",
+                expected=f"weights {hashes[0][:16]}..., as in {folders[0].path}",
+                found=f"weights {sha[:16]}... in {folder.path}",
+            )
+    for folder, recipe in zip(folders, recipes, strict=True):
+        if recipe.lora.method == "dora":
+            raise ModelError(
+                f"the adapter of {folder.path} cannot be summed",
+                expected='lora.method = "lora" or "rslora"',
+                found='"dora", whose update is not linear in its parts',
+            )
+
+
+def load(lm: LM, folders: Sequence[RunDir], names: Sequence[str], weights: Sequence[float]) -> None:
+    """Put all adapters on the model, under their names, and their sum as `composed`."""
+    lm.load_adapter(folders[0] / "adapter", names[0])
+    with quiet_peft():
+        for folder, name in zip(folders[1:], names[1:], strict=True):
+            lm.peft.load_adapter(str(folder / "adapter"), adapter_name=name)
+        lm.peft.add_weighted_adapter(list(names), list(weights), "composed", combination_type="cat")
+    lm.training(False)
+
+
+def save(lm: LM, out: Path, found: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """The folder, whole or not at all."""
+    beside = out.with_name(f".{out.name}.tmp")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        lm.peft.save_pretrained(str(beside), selected_adapters=["composed"])
+        os.replace(beside / "composed", beside / "adapter")
+        (beside / "README.md").unlink(missing_ok=True)
+        for file in (beside / "adapter").iterdir():
+            file.chmod(0o644)
+        run = RunDir(beside)
+        run.write_json("compose.json", {**found, "runs": [str(path) for path in paths]})
+        write_atomic(beside / "adapter" / "README.md", card(found))
+        os.replace(beside, out)
+    except OSError as error:
+        raise disk_error(out, error) from None
+
+
+def card(found: Mapping[str, Any]) -> str:
+    """What the sum is and what it is worth, as Markdown."""
+    lines = ["# A sum of adapters", "", *[f"- {w:g} times `{name}`" for name, w in found["weights"].items()], ""]
+    lines += [
+        verdict(found),
+        "",
+        "| rows of | " + " | ".join(f"KL to {n}'s teacher" for n in found["names"]) + " | KL closed |",
+    ]
+    lines.append("|---|" + "---:|" * (len(found["names"]) + 1))
+    for i in found["names"]:
+        kls = " | ".join(f"{found['kl'][i][j]['mean']:.3f}" for j in found["names"])
+        share = found["closed"][i]
+        lines.append(f"| {i} | {kls} | {'–' if share is None else format(100 * share['mean'], '.1f') + ' %'} |")
+    return "\n".join(lines) + "\n"
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """One sentence."""
+    if found["good"]:
+        return f"Good: the sum closes at least {100 * CLOSED:.0f} % of each context's KL, and keeps the contexts apart."
+    return "Not good: " + "; ".join(found["reasons"]) + "."

@@ -1,0 +1,66 @@
+"""An adapter turned up and down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctxdistill.adapters import scale, strength
+from ctxdistill.lm import LM
+from ctxdistill.recipe import LoraSection, ModelSection
+
+ROWS = [([0, 5, 6, 7, 8, 9, 10], 3), ([0, 9, 8, 20], 2)]
+
+
+@pytest.fixture
+def student(llama: Path) -> LM:
+    lm = LM.load(ModelSection(name=str(llama)))
+    lm.add_adapter(LoraSection(rank=4), 0)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in lm.trainable().values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    lm.training(False)
+    return lm
+
+
+def hidden(lm: LM) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat(lm.hidden(ROWS))
+
+
+def test_strength_0_is_the_base_and_1_the_adapter_to_the_last_bit(student: LM) -> None:
+    trained = hidden(student)
+    with student.adapter(False):
+        base = hidden(student)
+    with strength(student, 0.0):
+        assert torch.equal(hidden(student), base)
+    with strength(student, 1.0):
+        assert torch.equal(hidden(student), trained)
+    assert torch.equal(hidden(student), trained) and not torch.allclose(base, trained, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.25, 1.5])
+def test_strength_multiplies_the_update(student: LM, value: float) -> None:
+    """Against weights with the scaled update added in."""
+    with strength(student, value):
+        fast = hidden(student)
+    with torch.no_grad():
+        for module in student.model.modules():
+            if hasattr(module, "lora_A"):
+                update = module.lora_B["default"].weight @ module.lora_A["default"].weight
+                module.base_layer.weight.add_(value * module.scaling["default"] * update)
+    with student.adapter(False):
+        torch.testing.assert_close(fast, hidden(student), rtol=1e-4, atol=1e-4)
+
+
+def test_a_failure_inside_gives_the_strength_back(student: LM) -> None:
+    trained = hidden(student)
+    with pytest.raises(KeyError), strength(student, 0.5):
+        raise KeyError
+    assert torch.equal(hidden(student), trained)
+    scale(student, 0.5)
+    scale(student, 2.0)
+    assert torch.equal(hidden(student), trained)

@@ -1,0 +1,291 @@
+"""On-policy rounds: the student's completions, judged by the teacher, and resumed at any moment with the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from ctxdistill import pipeline, policy
+from ctxdistill.dataset import Data, prepare
+from ctxdistill.errors import RecipeError, RunError, TrainError
+from ctxdistill.lm import LM
+from ctxdistill.pipeline import make_examples
+from ctxdistill.policy import Habits, Rounds, check, chosen, repeated, rounds, share
+from ctxdistill.prompts import Prompter, join
+from ctxdistill.recipe import LoraSection, Recipe, TrainSection
+from ctxdistill.rundir import RunDir, no_progress
+from ctxdistill.targets import TargetStore
+from ctxdistill.train import Example, batch_loss, rows_of, train
+
+Ready = tuple[Recipe, LM, Prompter, Data]
+TRAIN: dict[str, Any] = {
+    "epochs": 2, "batch_size": 4, "lr": 0.01, "validation": 0.2, "checkpoint_every": 3, "loss": "reverse_kl",
+    "on_policy": 0.5, "round_steps": 3,
+}  # fmt: skip
+
+
+def ready_for(job: Path, **overrides: Any) -> Ready:
+    raw = tiny.recipe_dict(job, train={**TRAIN, **overrides}, lora={"rank": 4, "dropout": 0.1})
+    recipe = Recipe.from_dict(raw, base_dir=job)
+    return (recipe, *prepare(recipe))
+
+
+def examples_of(ready: Ready, folder: Path) -> list[Example]:
+    recipe, lm, prompter, data = ready
+    return make_examples(recipe, lm, prompter, data.pairs["train"], TargetStore(folder), no_progress)
+
+
+@pytest.fixture
+def student(job: Path) -> tuple[Ready, list[Example]]:
+    """A student that is not the base model, with a run's worth of examples."""
+    ready = ready_for(job, on_policy=1.0)
+    examples = examples_of(ready, job / "t")
+    ready[1].add_adapter(LoraSection(rank=4), 0)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in ready[1].trainable().values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return ready, examples
+
+
+def test_the_student_writes_and_both_sides_see_the_same_ids(student: tuple[Ready, list[Example]], job: Path) -> None:
+    """Against the slow way: the student's own samples one at a time, the teacher's full forward on them."""
+    (recipe, lm, prompter, data), examples = student
+    source = Rounds(lm, prompter, data.pairs["train"], examples, recipe, RunDir(job / "run"))
+    batch = source(0)
+    rows = rows_of(0, len(examples), recipe.train)
+    assert [e.id for e in batch] == [examples[i].id for i in rows]
+    teachers = {p.id: p.teacher for p in data.pairs["train"]}
+    lm.training(False)
+    for place, (example, row) in enumerate(zip(batch, rows, strict=True)):
+        seed = source._seed(0, policy.Item(0, row))
+        with lm.adapter(True):
+            alone = lm.generate([example.prompt], max_new_tokens=6, ends=prompter.ends, temperature=1.0, seeds=[seed])[
+                0
+            ]
+        assert tuple(alone) == example.target.ids, place
+        with torch.no_grad(), lm.adapter(False):
+            whole, n = join(teachers[example.id], example.target.ids)
+            slow = lm.model(input_ids=torch.tensor([whole])).logits[0, -n - 1 : -1].log_softmax(-1)
+        fast = lm.head(example.target.tensors["hidden"]).log_softmax(-1)
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+    assert {e.target.ids for e in batch} != {examples[i].target.ids for i in rows}
+
+
+def test_the_line_of_a_round_says_how_the_student_is(student: tuple[Ready, list[Example]], job: Path) -> None:
+    (recipe, lm, prompter, data), examples = student
+    source = Rounds(lm, prompter, data.pairs["train"], examples, recipe, RunDir(job / "run"))
+    own = [e for step in range(3) for e in source(step)]
+    (line,) = rounds(RunDir(job / "run"))
+    assert (line["round"], line["step"], line["rows"], line["student_rows"]) == (1, 1, 12, 12)
+    assert line["tokens"] == pytest.approx(sum(len(e.target.ids) for e in own) / 12)
+    assert line["ended"] == pytest.approx(sum(e.target.ids[-1] == 1 for e in own) / 12)
+    tokens, kl, entropy = 0, 0.0, 0.0
+    lm.training(False)
+    for e in own:
+        ids, n = join(e.prompt, e.target.ids)
+        with torch.no_grad(), lm.adapter(True):
+            q = lm.model(input_ids=torch.tensor([ids])).logits[0, -n - 1 : -1].softmax(-1)
+        p = lm.head(e.target.tensors["hidden"]).softmax(-1)
+        kl += float((q * (q / p).log()).sum())
+        entropy -= float((q * q.log()).sum())
+        tokens += n
+    assert line["reverse_kl"] == pytest.approx(kl / tokens, rel=1e-3)
+    assert line["student_entropy"] == pytest.approx(entropy / tokens, rel=1e-3)
+
+
+def test_a_share_of_each_round_is_the_students(job: Path) -> None:
+    ready = ready_for(job)
+    recipe, lm, prompter, data = ready
+    examples = examples_of(ready, job / "t")
+    lm.add_adapter(LoraSection(rank=4), 0)
+    source = Rounds(lm, prompter, data.pairs["train"], examples, recipe, RunDir(job / "run"))
+    batches = [source(step) for step in range(8)]
+    given = [sum(any(e is x for x in examples) for e in batch) for batch in batches]
+    assert [sum(given[:3]), sum(given[3:6]), sum(given[6:])] == [6, 5, 3]  # rounds of 12, 9 and 5 places; 26 in all
+    assert [line["student_rows"] for line in rounds(RunDir(job / "run"))] == [6, 4, 2]
+
+
+def test_what_is_drawn_depends_on_seed_and_round_alone() -> None:
+    assert chosen(40, 3, 0.5, 1) == chosen(40, 3, 0.5, 1) != chosen(40, 4, 0.5, 1) != chosen(40, 4, 0.5, 2)
+    assert len(chosen(40, 0, 0.3, 0)) == 12 and chosen(40, 0, 0.0, 0) == [] and chosen(3, 0, 1.0, 0) == [0, 1, 2]
+
+
+def test_the_ramp() -> None:
+    section = TrainSection(on_policy=0.8, on_policy_ramp=0.5)
+    assert [share(step, 40, section) for step in (0, 10, 20, 30)] == pytest.approx([0.0, 0.4, 0.8, 0.8])
+    assert share(0, 40, TrainSection(on_policy=0.8)) == 0.8
+
+
+def test_without_on_policy_and_with_a_share_of_0_the_training_is_the_same(job: Path) -> None:
+    bits = []
+    for number, own in enumerate((None, 0.0)):
+        ready = ready_for(job, on_policy=0.0, round_steps=0)
+        recipe, lm, prompter, data = ready
+        examples = examples_of(ready, job / "t")
+        lm.add_adapter(recipe.lora, 0)
+        run = RunDir(job / f"run{number}")
+        source = None if own is None else Rounds(lm, prompter, data.pairs["train"], examples, recipe, run)
+        train(lm, examples, [], recipe.train, run, source=source)
+        bits.append([p.detach().clone() for p in lm.trainable().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
+
+
+def test_training_on_its_own_completions_brings_the_student_to_its_teacher(job: Path) -> None:
+    ready = ready_for(job, on_policy=1.0, epochs=8, round_steps=4, patience=0)
+    recipe, lm, prompter, data = ready
+    examples = examples_of(ready, job / "t")
+    lm.add_adapter(LoraSection(rank=4), 0)
+    run = RunDir(job / "run")
+    source = Rounds(lm, prompter, data.pairs["train"], examples, recipe, run)
+    section = TrainSection(loss="reverse_kl")
+    with torch.no_grad():
+        before = batch_loss(lm, examples, section).item()
+    train(lm, examples, [], recipe.train, run, source=source)
+    with torch.no_grad():
+        after = batch_loss(lm, examples, section).item()  # on the teacher's, on which it was never trained
+    lines = rounds(run)
+    assert lines[-1]["reverse_kl"] < 0.5 * lines[0]["reverse_kl"]
+    assert after < 0.6 * before
+
+
+class Killed(BaseException):
+    """A kill, for what can see no signal."""
+
+
+def test_killed_between_and_within_rounds_gives_the_same_bits(job: Path) -> None:
+    """Moments: while the student writes a round, while the teacher judges it, at a round's first and middle step."""
+
+    def go(folder: Path, moment: tuple[str, int] | None = None) -> bytes | None:
+        raw = tiny.recipe_dict(job, train=TRAIN, lora={"rank": 4, "dropout": 0.1}, eval__latency_rows=0)
+        raw["targets"]["batch_size"] = 2  # several batches in a round
+        met = 0
+
+        def progress(stage: str, done: int, total: int) -> None:
+            nonlocal met
+            if moment and stage.startswith(moment[0]):
+                met += 1
+                if met == moment[1]:
+                    raise Killed
+
+        recipe = Recipe.from_dict(raw, base_dir=job)
+        try:
+            pipeline.distill(recipe, folder, resume=True, progress=progress)
+        except Killed:
+            return None
+        return (folder / "adapter/adapter_model.safetensors").read_bytes()
+
+    straight = go(job / "straight")
+    moments = [("student (round 1", 2), ("teacher (round 1", 1), ("train", 2), ("student (round 2", 1), ("train", 2),
+               ("teacher (round 3", 1), ("train", 1)]  # fmt: skip
+    for moment in moments:
+        assert go(job / "broken", moment) is None, moment
+    assert go(job / "broken") == straight
+    lines = [RunDir(job / name).read_jsonl("metrics.jsonl") for name in ("straight", "broken")]
+    timeless = [[{k: v for k, v in x.items() if k != "seconds"} for x in found] for found in lines]
+    assert timeless[0] == timeless[1]
+    assert [x["step"] for x in lines[0] if x["event"] == "round"] == [1, 4, 7]
+    assert not (job / "straight/rounds/00001").exists() and (job / "straight/rounds/00003/index.json").exists()
+
+
+def test_a_round_of_another_run_is_refused(student: tuple[Ready, list[Example]], job: Path) -> None:
+    (recipe, lm, prompter, data), examples = student
+    run = RunDir(job / "run")
+    run.append("rounds/00001.jsonl", {"items": [[0, 99]], "ids": [[1]]})
+    with pytest.raises(RunError, match=r"00001\.jsonl is not a part of this run"):
+        Rounds(lm, prompter, data.pairs["train"], examples, recipe, run)(0)
+
+
+def line(number: int, **values: Any) -> dict[str, Any]:
+    good = {
+        "tokens": 20.0,
+        "ended": 1.0,
+        "repeated": 0.1,
+        "reverse_kl": 0.3,
+        "student_entropy": 0.5,
+        "teacher_entropy": 0.5,
+    }
+    return {"round": number, "step": 1, "student_rows": 8, "rows": 8, **good, **values}
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"tokens": 1.0}, "completions of 1.0 tokens where the teacher's have 21.0"),
+        ({"ended": 0.0}, "no completion ends, where 100% did in an earlier round"),
+        ({"repeated": 0.8}, "80% of the text repeats itself"),
+        ({"reverse_kl": 4.0}, "4.00 nats per token, 0.30 in the first round"),
+        ({"reverse_kl": float("nan")}, "nan nats"),
+        ({"student_entropy": 0.001}, "entropy 0.0010 nats per token"),
+    ],
+)
+def test_a_collapse_stops_with_its_reason(bad: dict[str, float], said: str) -> None:
+    teacher = Habits(21.0, 0.97, 0.1)
+    check([line(1), line(2)], teacher)
+    check([line(1, **bad)], teacher)  # an untrained student may do what it likes
+    with pytest.raises(TrainError, match=f"(?s)collapsed in round 2.*{said}.*train.lr"):
+        check([line(1), line(2, **bad)], teacher)
+
+
+def test_a_task_with_one_short_certain_answer_is_no_collapse() -> None:
+    sure = {"tokens": 2.0, "student_entropy": 0.0001, "teacher_entropy": 0.001, "reverse_kl": 0.01}
+    check([line(1, **sure), line(2, **sure)], Habits(2.0, 1.0, 0.0))
+    check([line(1, tokens=1.0), line(2, tokens=1.0)], Habits(1.0, 1.0, 0.0))
+
+
+def test_a_collapsing_run_stops(job: Path) -> None:
+    """Far too hot: the student's text goes to pieces, and the run says so."""
+    raw = tiny.recipe_dict(job, train={**TRAIN, "on_policy": 1.0, "lr": 3.0, "clip": 1e6, "epochs": 8, "warmup": 0.0})
+    raw["completions"]["max_new_tokens"] = 24
+    with pytest.raises(TrainError, match=r"collapsed in round \d+"):
+        pipeline.distill(Recipe.from_dict(raw, base_dir=job), job / "run")
+
+
+def test_repetition() -> None:
+    assert repeated([1, 2, 3]) == 0.0 and repeated(list(range(20))) == 0.0
+    assert repeated([7] * 13) == pytest.approx(0.9)
+
+
+def test_a_run_reports_its_rounds(job: Path) -> None:
+    raw = tiny.recipe_dict(job, train={**TRAIN, "on_policy_ramp": 0.6})
+    run = pipeline.distill(Recipe.from_dict(raw, base_dir=job), job / "run")
+    assert [x["student_rows"] for x in rounds(RunDir(job / "run"))] == [0, 3, 2]
+    assert run.evaluation["training"]["student_completions"] == 5
+    page, text = ((job / "run" / name).read_text() for name in ("report.html", "report.md"))
+    assert "On-policy rounds" in page and "<td>3 of 9</td>" in page
+    assert "| 1 | 1 | 0 of 12 | – |" in text
+    off = {**TRAIN, "on_policy": 0.0, "round_steps": 0}
+    plain = pipeline.distill(Recipe.from_dict(tiny.recipe_dict(job, train=off), base_dir=job), job / "off")
+    assert plain.evaluation["cost"]["training_tokens"] < run.evaluation["cost"]["training_tokens"]
+    assert "On-policy rounds" not in (job / "off/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"train": {"on_policy": 0.5, "ce_weight": 0.1}}, "ce_weight"),
+        ({"train": {"on_policy": 1.5}}, "on_policy"),
+        ({"train": {"round_steps": 3}}, "need train.on_policy"),
+        ({"train": {"on_policy": 0.5}, "completions": {"source": "data", "supervise_end": False}}, "supervise_end"),
+        (
+            {"train": {"on_policy": 0.5}, "completions": {"source": "label"}, "prompt": {"label_words": ["A", "B"]}},
+            "label",
+        ),
+    ],
+)
+def test_contradictions_are_refused(job: Path, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        Recipe.from_dict(tiny.recipe_dict(job, **values), base_dir=job)
+
+
+def test_completions_of_the_data_may_be_mixed_in(job: Path) -> None:
+    raw = tiny.recipe_dict(job, train={**TRAIN, "round_steps": 0}, completions={"source": "data", "max_new_tokens": 6})
+    made = pipeline.distill(Recipe.from_dict(raw, base_dir=job), job / "run")
+    assert made.evaluation["training"]["student_completions"] == 12
+    written = [json.loads(x)["ids"] for x in (job / "run/rounds/00001.jsonl").read_text().splitlines()]
+    assert all(1 <= len(ids) <= 6 for batch in written for ids in batch)
