@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
 ORDER = """
 errors < losses, stats < recipe < rows < tasks < rundir < draws, arms < grid < weights, packing, fused < lm < prompts <
 targets < teachers, train < evaluate < dataset < accounts < plan < retention < cells < results, plots < claims < analysis <
-report, export < study_report < pipeline < study < display < cli < docs
+report, gguf_export < export, runtimes < check < study_report < pipeline < study < display < cli < docs
 """
 FREE = {"__init__", "__main__"}
 """The package's face: may import everything."""
