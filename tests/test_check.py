@@ -83,7 +83,9 @@ def test_another_chat_template_fails(finished: Path, peft: Path) -> None:
     edit(peft / "chat_template.jinja", "<|{{ m['role'] }}|>", "{{ m['role'] }}: ")
     found = checks.check(peft, finished, rows=2)
     assert not found["passed"] and not passed(found)["prompt"]
-    assert "adds 'user: '" in found["answers"][0]["difference"] and "lacks '<|user|>'" in found["answers"][0]["difference"]
+    assert (
+        "adds 'user: '" in found["answers"][0]["difference"] and "lacks '<|user|>'" in found["answers"][0]["difference"]
+    )
 
 
 def test_a_student_that_is_the_base_cannot_be_checked(finished: Path, tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_kl_is_exact_with_all_tokens_and_a_lower_bound_with_some() -> None:
     order = q.argsort(descending=True)
     assert checks.kl_of_top(p, torch.arange(50), q) == pytest.approx(exact, rel=1e-5)
     bounds = [checks.kl_of_top(p, order[:k], q[order[:k]]) for k in (1, 5, 20, 49)]
-    assert bounds == sorted(bounds) and 0 < bounds[0] and bounds[-1] <= exact + 1e-6
+    assert bounds == sorted(bounds) and bounds[0] > 0 and bounds[-1] <= exact + 1e-6
     assert checks.kl_of_top(p, order[:5], p[order[:5]]) == pytest.approx(0, abs=1e-6)
     tail = 1 - q[order[:5]].exp().sum().item()
     rest = 1 - p[order[:5]].exp().sum().item()
@@ -126,8 +128,8 @@ def tally(kl: float, moved: float, floor: float | None) -> checks.Tally:
 @pytest.mark.parametrize(
     ("kl", "moved", "floor", "right"),
     [
-        (0.04, 1.0, None, (True, True)),
-        (0.06, 1.0, None, (True, False)),
+        (0.01, 1.0, None, (True, True)),
+        (0.03, 1.0, None, (True, False)),
         (0.06, 1.0, 0.04, (True, True)),  # no further from the student than twice the stack's own noise
         (0.06, 0.1, 0.04, (False, True)),  # too noisy to tell the student from the base
         (0.0, 0.00001, None, (False, True)),  # an adapter that does nothing
@@ -178,7 +180,10 @@ class Server:
         content = []
         for chosen, (ids, logprobs) in zip(found.ids, found.top, strict=True):
             best = logprobs.topk(20)
-            top = [{"token": token([ids[i]]), "logprob": v} for v, i in zip(best.values.tolist(), best.indices, strict=True)]
+            top = [
+                {"token": token([ids[i]]), "logprob": v}
+                for v, i in zip(best.values.tolist(), best.indices, strict=True)
+            ]
             content.append({"token": token([chosen]), "logprob": logprobs[chosen].item(), "top_logprobs": top})
         choice = {"message": {"content": found.text}, "finish_reason": "stop" if found.ended else "length",
                   "logprobs": {"content": content} if self.logprobs else None}  # fmt: skip
@@ -243,9 +248,7 @@ def test_a_token_whose_text_is_not_its_own_is_not_guessed(monkeypatch: pytest.Mo
 # -- llama.cpp --------------------------------------------------------------------------------------------------------
 
 
-def test_without_llama_cpp_it_says_what_to_do(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_llama_cpp_it_says_what_to_do(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exports.export(finished, "gguf", tmp_path / "out")
     monkeypatch.delenv("CTXDISTILL_LLAMA_SERVER", raising=False)
     monkeypatch.setenv("PATH", "")

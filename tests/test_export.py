@@ -52,7 +52,13 @@ def student_of(run: Path, strength: float = 1.0) -> Any:
 def test_the_files_are_there_and_named_with_their_sizes(made: dict[str, dict[str, Any]]) -> None:
     names = {
         "peft": {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"},
-        "merged": {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "chat_template.jinja"},
+        "merged": {
+            "config.json",
+            "model.safetensors",
+            "generation_config.json",
+            "tokenizer.json",
+            "chat_template.jinja",
+        },
         "gguf": {"tiny.gguf"},
         "gguf-adapter": {"tiny-adapter.gguf"},
         "ollama": {"tiny.gguf", "Modelfile"},
@@ -78,7 +84,9 @@ def test_each_says_how_to_serve_it(finished: Path, made: dict[str, dict[str, Any
     assert first[:3] == ["ctxdistill", "export", str(finished)] and first[-1] in then[2]
     assert then[3:5] == ["--lora", f"{folder['gguf-adapter']}/tiny-adapter.gguf"]
     assert said["ollama"][0][-4:] == ["create", "tiny", "-f", "Modelfile"]
-    assert all(found["request"] == {"messages": [{"role": "user", "content": "please say ant"}]} for found in made.values())
+    assert all(
+        found["request"] == {"messages": [{"role": "user", "content": "please say ant"}]} for found in made.values()
+    )
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.25])
@@ -107,7 +115,9 @@ def test_a_gguf_of_no_strength_is_the_base(finished: Path, tmp_path: Path) -> No
     exports.export(finished, "gguf", tmp_path / "base", strength=0.0)
     found = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "base" / "tiny.gguf").tensors}
     base = load_file(finished.parent / "model" / "model.safetensors")
-    np.testing.assert_array_equal(found["blk.1.ffn_up.weight"], base["model.layers.1.mlp.up_proj.weight"].half().numpy())
+    np.testing.assert_array_equal(
+        found["blk.1.ffn_up.weight"], base["model.layers.1.mlp.up_proj.weight"].half().numpy()
+    )
 
 
 def test_the_end_of_an_answer_ends_the_merged_model(made: dict[str, dict[str, Any]]) -> None:
@@ -265,12 +275,13 @@ def test_push_says_what_it_would_upload_and_does_not(
     said = capsys.readouterr().out
     assert hub.asked == []
     assert "nothing is uploaded" in said and "owner/name" in said and "adapter_model.safetensors" in said
-    assert "names a base on this machine" in said and "start of the context" in said
+    assert "adapter_config.json names a base on this machine" in said and "start of the context" in said
     found = exports.push(out, "owner/name", really=True)
     assert [name for name, _ in hub.asked] == ["create_repo", "upload_folder"]
     assert hub.asked[0][1]["private"] is True and hub.asked[1][1]["folder_path"] == out
     assert found["uploaded"] == "https://hub/owner/name"
-    assert set(found["files"]) == {p.name for p in out.iterdir()}
+    assert set(found["files"]) == {p.name for p in out.iterdir()} - {"export.json"}
+    assert hub.asked[1][1]["allow_patterns"] == list(found["files"])  # the manifest names places of this machine
 
 
 def test_push_needs_a_name_and_an_export(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

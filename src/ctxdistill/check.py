@@ -31,7 +31,7 @@ from ctxdistill.rundir import Progress, RunDir, no_progress
 from ctxdistill.runtimes import Answer, Endpoint, Request, Runtime, Transformers, llama_server
 
 ROWS = 16
-LOST = 0.05
+LOST = 0.02
 """Share of what the adapter changes (KL between student and base) that an export may lose."""
 NOISE = 2.0
 """A stack that computes otherwise (quantised activations) may be this many times as far from the student as it is, without

@@ -374,17 +374,21 @@ def push(folder: str | Path, repo: str, *, really: bool = False) -> dict[str, An
         validate_repo_id(repo)
     except HFValidationError as error:
         raise RunError(f"{repo!r} is no name of a repository", expected="OWNER/NAME", found=str(error)) from None
-    files = {p.name: p.stat().st_size for p in sorted(path.iterdir()) if not p.name.startswith(".")}
+    # the manifest is for `check` on this machine, whose places it names
+    files = {p.name: p.stat().st_size for p in sorted(path.iterdir()) if p.name != MANIFEST}
     remarks = ["README.md shows the start of the context and the held-out results: read it first"]
-    if re.search(r'"(/|[A-Za-z]:\\\\)', "".join((path / n).read_text() for n in files if n.endswith("config.json"))):
-        remarks.append("adapter_config.json names a base on this machine; others need a name of the hub")
+    for name in (n for n in files if n.endswith(("config.json", "Modelfile"))):
+        if re.search(r'(?m)(?:^FROM |: ")(?:/|[A-Z]:\\)', (path / name).read_text(encoding="utf-8")):
+            remarks.append(f"{name} names a base on this machine; others need a name of the hub")
     found = {"repo": repo, "private": True, "files": files, "bytes": sum(files.values()), "remarks": remarks}
     if not really:
         return {**found, "uploaded": None}
     try:
         api = HfApi()
         api.create_repo(repo, private=True, exist_ok=True)
-        done = api.upload_folder(repo_id=repo, folder_path=path, commit_message="Upload with ctxdistill")
+        done = api.upload_folder(
+            repo_id=repo, folder_path=path, allow_patterns=list(files), commit_message="Upload with ctxdistill"
+        )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise RunError(
             f"the hub did not take {repo}: {str(error).strip().splitlines()[0]}",

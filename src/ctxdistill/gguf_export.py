@@ -341,7 +341,9 @@ def _decisive(step: dict[str, Any]) -> Any:
     """What tells two pre-tokenizers of a type apart."""
     if step["type"] == "ByteLevel":
         return "prefix space" if step["add_prefix_space"] else step.get("use_regex", True)
-    return {"Digits": step.get("individual_digits"), "Split": (step.get("pattern") or {}).get("Regex")}.get(step["type"])
+    return {"Digits": step.get("individual_digits"), "Split": (step.get("pattern") or {}).get("Regex")}.get(
+        step["type"]
+    )
 
 
 def adds_bos(path: Path) -> bool:
