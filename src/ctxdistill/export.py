@@ -377,9 +377,12 @@ def push(folder: str | Path, repo: str, *, really: bool = False) -> dict[str, An
     # the manifest is for `check` on this machine, whose places it names
     files = {p.name: p.stat().st_size for p in sorted(path.iterdir()) if p.name != MANIFEST}
     remarks = ["README.md shows the start of the context and the held-out results: read it first"]
-    for name in (n for n in files if n.endswith(("config.json", "Modelfile"))):
-        if re.search(r'(?m)(?:^FROM |: ")(?:/|[A-Z]:\\)', (path / name).read_text(encoding="utf-8")):
-            remarks.append(f"{name} names a base on this machine; others need a name of the hub")
+    local = re.compile(r'(?m)(?:^FROM |: ")(?:/|[A-Z]:\\)')
+    remarks += [
+        f"{name} names a base on this machine; others need a name of the hub"
+        for name in files
+        if name.endswith(("config.json", "Modelfile")) and local.search((path / name).read_text(encoding="utf-8"))
+    ]
     found = {"repo": repo, "private": True, "files": files, "bytes": sum(files.values()), "remarks": remarks}
     if not really:
         return {**found, "uploaded": None}
