@@ -30,3 +30,15 @@ def job(tmp_path: Path, llama: Path) -> Path:
     """A folder with the tiny model as `model` and room for a recipe's files."""
     (tmp_path / "model").symlink_to(llama)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    """The folder of a finished run of the tiny model; not to be changed."""
+    from ctxdistill import pipeline
+    from ctxdistill.recipe import Recipe
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "model").symlink_to(llama)
+    recipe = Recipe.from_dict(tiny.recipe_dict(folder, train__epochs=4), base_dir=folder)
+    return pipeline.distill(recipe, folder / "run").path

@@ -13,8 +13,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
 ORDER = """
 errors < losses, stats, generic < recipe < rows < tasks < rundir < draws, arms < grid < weights, packing, fused < lm <
-adapters, prompts < targets < teachers, train < policy < evaluate < dataset < accounts, behaviour < crosstalk < compose, plan <
-retention < cells < results, plots < claims < analysis < report, export < study_report < pipeline < study < display < cli < docs
+adapters, prompts < targets < teachers, train < policy < evaluate < dataset < accounts, behaviour < crosstalk < compose, plan
+< retention < cells < results, plots < claims < analysis < report, gguf_export < export, runtimes < check < study_report <
+pipeline < study < display < cli < docs
 """
 FREE = {"__init__", "__main__"}
 """The package's face: may import everything."""

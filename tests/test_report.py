@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ctxdistill import report
 from ctxdistill.errors import RunError
@@ -533,8 +534,9 @@ def test_the_card_says_how_to_serve(run: Path) -> None:
     assert path == run / "adapter" / "README.md"
     card = path.read_text(encoding="utf-8")
     _, front, body = card.split("---\n", 2)
-    assert front.splitlines() == [
+    assert front.splitlines()[:8] == [
         'base_model: "HuggingFaceTB/SmolLM2-135M-Instruct"',
+        "base_model_relation: adapter",
         "library_name: peft",
         "pipeline_tag: text-generation",
         "tags:",
@@ -542,6 +544,13 @@ def test_the_card_says_how_to_serve(run: Path) -> None:
         "- context-distillation",
         "- ctxdistill",
     ]
+    index = yaml.safe_load(front)["model-index"][0]
+    metrics = {m["type"]: m for m in index["results"][0]["metrics"]}
+    table = make_evaluation()["table"]["distilled"]
+    assert index["name"] == "reminders" and set(table) - set(metrics) == {"prompt_tokens", "latency_ms"}
+    for name, metric in metrics.items():
+        if name in table:
+            assert metric["value"] == table[name]["mean"] and metric["args"]["low"] == table[name]["low"]
     prompt = make_recipe()["student_prompt"]["text"]
     assert f"```\n{prompt}\n```" in body
     code = re.search(r"```python\n(.*?)\n```", body, re.DOTALL)

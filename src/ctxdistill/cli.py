@@ -45,6 +45,7 @@ Paper = Annotated[
 ]
 LOADING = "reading the rows, loading the model"
 Kind = Literal["system", "few-shot", "document"]
+Format = Literal["peft", "merged", "gguf", "gguf-adapter", "ollama"]
 
 
 class Interrupted(Exception):
@@ -253,6 +254,67 @@ def try_(
         _json({"query": text, "answers": answers})
     else:
         shown.end(answers)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[Format, typer.Option("--format", help="What to write.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder. Unset: RUN/export/FORMAT.", show_default=False)] = None,
+    strength: Annotated[float, typer.Option(help="Factor of the adapter; 0 gives the base.", min=0.0)] = 1.0,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Say what would go to this repository of the hub.", show_default=False),
+    ] = None,
+    push_for_real: Annotated[bool, typer.Option("--push-for-real", help="With --push: upload it, as private.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's student for a serving stack, and say how to serve it.
+
+    peft: for vLLM and transformers. merged: one set of weights. gguf, gguf-adapter: for llama.cpp. ollama: a Modelfile.
+
+    Example: ctxdistill export runs/support --format gguf-adapter
+    """
+    if push_for_real and not push:
+        raise RunError("--push-for-real needs a repository", fix="name it: --push OWNER/NAME --push-for-real")
+    RunDir.existing(run)
+    with _work(as_json, first="loading the model") as watcher:
+        from ctxdistill import export as exports
+
+        found = exports.export(run, to, out, strength=strength, progress=watcher)
+        if push:
+            found["push"] = exports.push(found["folder"], push, really=push_for_real)
+    _json(found) if as_json else display.exported(display.console(), found)
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export's folder.", show_default=False)],
+    against: Annotated[Path, typer.Option(metavar="RUN", help="The run that it came from.", show_default=False)],
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ask a server that serves the export.", show_default=False)
+    ] = None,
+    model: Annotated[str, typer.Option(help="The server's name of the model. Unset: its first.")] = "",
+    base: Annotated[
+        Path | None, typer.Option(help="A GGUF base under a GGUF adapter. Unset: the run's.", show_default=False)
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Held-out rows to ask.", min=1)] = 16,
+    as_json: Json = False,
+) -> None:
+    """Does an export answer as the student does? Load it where it will live, and compare on held-out rows.
+
+    Compares the prompt's tokens, the next-token distributions and the greedy answers. Exit code 2 if they differ.
+
+    Example: ctxdistill check runs/support/export/gguf-adapter --against runs/support
+    """
+    RunDir.existing(against)
+    with _work(as_json, first="loading the model") as watcher:
+        from ctxdistill import check as checks
+
+        found = checks.check(folder, against, endpoint=endpoint, model=model, base=base, rows=rows, progress=watcher)
+    _json(found) if as_json else display.checked(display.console(), found)
+    if not found["passed"]:
+        raise typer.Exit(2)
 
 
 @app.command()

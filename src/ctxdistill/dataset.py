@@ -176,4 +176,16 @@ def explicit(section: Any, prefix: str = "") -> list[str]:
 def stored_recipe(run: RunDir) -> Recipe:
     """The recipe that a run was made with."""
     stored = run.read_json("recipe.json")
-    return Recipe.from_dict(stored["recipe"], base_dir=stored["base_dir"])
+    recipe = Recipe.from_dict(stored["recipe"], base_dir=stored["base_dir"])
+    _forget_defaults(recipe, set(stored.get("explicit") or ()))
+    return recipe
+
+
+def _forget_defaults(section: Any, given: set[str], prefix: str = "") -> None:
+    """Let only the values in `given` (dotted names) count as the user's: a stored recipe spells out all of them."""
+    for name in [*section.model_fields_set]:
+        value = getattr(section, name)
+        if hasattr(value, "model_fields_set"):
+            _forget_defaults(value, given, f"{prefix}{name}.")
+        elif f"{prefix}{name}" not in given:
+            section.__pydantic_fields_set__.discard(name)

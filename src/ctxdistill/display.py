@@ -7,6 +7,7 @@ nothing here imports torch.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -318,6 +319,48 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.{digits}f} {unit}"
     return f"{seconds:.0f} s"
+
+
+# -- exports ----------------------------------------------------------------------------------------------------------
+
+
+def exported(out: Console, found: Mapping[str, Any]) -> None:
+    """Where an export is, what is in it, how to serve and to ask it."""
+    lines = [f"{found['format']}: {found['folder']}", *_files(found["files"])]
+    if merged := found["merged"]:
+        lines.append(
+            f"merged in float32, written as {found['dtype']}; against base and adapter: KL {merged['kl']:.2g} nats per token "
+            f"(at most {merged['kl_max']:.2g}), the same next token at {merged['top1']:.1%} of {merged['tokens']} positions"
+        )
+    lines += ["serve it:", *(f"  {command}" for command in found["serve"])]
+    (way, asked), *_ = found["request"].items()
+    path = "chat/completions" if way == "messages" else "completions"
+    lines.append(f"ask it at /v1/{path}, with such {way}: {json.dumps(asked, ensure_ascii=False)}")
+    if push := found.get("push"):
+        would = f"nothing is uploaded; --push-for-real would put into {push['repo']}, as private:"
+        lines += [f"uploaded to {push['uploaded']}:" if push["uploaded"] else would, *_files(push["files"])]
+        lines += [f"  - {remark}" for remark in push["remarks"]]
+    for line in lines:
+        out.print(plain(line), soft_wrap=True)
+
+
+def _files(sizes: Mapping[str, int]) -> list[str]:
+    return [f"  {name}  {size / 1e6:,.2f} MB" for name, size in sizes.items()]
+
+
+def checked(out: Console, found: Mapping[str, Any]) -> None:
+    """What `check` compared, and its verdict."""
+    out.print(plain(f"{found['format']} through {found['runtime']}, {found['rows']} held-out rows"), soft_wrap=True)
+    for item in found["checks"]:
+        mark, style = ("✓", "green") if item["passed"] else ("✗", "red")
+        out.print(plain(f"{mark} {item['check']}: {item['found']}", style), soft_wrap=True)
+        out.print(plain(f"    allowed: {item['allowed']}"), soft_wrap=True)
+    out.print(plain(f"  answers: {found['same_text']} of {found['rows']} are the same, letter by letter"))
+    for row in [r for r in found["answers"] if r["student"] != r["export"]][:3]:
+        for line in (row["query"], f"  student: {_clip(row['student'])}", f"  export:  {_clip(row['export'])}"):
+            out.print(plain(f"    {_clip(line) if line == row['query'] else line}"), soft_wrap=True)
+    verb, style = ("answers", "bold green") if found["passed"] else ("does NOT answer", "bold red")
+    out.print(plain(f"the export {verb} as the student does", style))
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------

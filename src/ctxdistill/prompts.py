@@ -210,6 +210,13 @@ class Prompter:
         query = self.query_text(row, section)
         return Pair(row.id, query, None if answer is None else str(answer), teacher, student, row.origin, row.fields)
 
+    def request(self, row: Row, section: DataSection) -> list[Message] | str:
+        """What a client sends to a server for the student to answer this row: messages, or in the text style the text."""
+        if self.recipe.prompt.style == "text":
+            return "".join(self._text(row, section, teacher=False))
+        before, query = self._chat(row, section, teacher=False)
+        return [*before, *query]
+
     def pair_of_text(self, text: str) -> Pair:
         """Both prompts for a text that a user typed."""
         names = fields_of(self.recipe.prompt.pattern)

@@ -41,6 +41,14 @@ from ctxdistill.rundir import RunDir, write_atomic
 
 __all__ = ["cells", "examples", "result_table", "verdict", "write_card", "write_report"]
 
+KINDS = {
+    "peft": ("peft", "adapter", "lora"),
+    "merged": ("transformers", "finetune", "merged"),
+    "gguf": ("", "finetune", "gguf"),
+    "gguf-adapter": ("", "adapter", "gguf"),
+    "ollama": ("", "adapter", "gguf"),
+}
+"""Format of an export -> the hub's library, its relation to the base, and a tag."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank takes
 
 
@@ -56,29 +64,65 @@ def write_report(run: str | Path) -> Path:
     return folder / "report.html"
 
 
-def write_card(run: str | Path) -> Path:
-    """Write the adapter card, `adapter/README.md`; returns its path. Raises: `RunError` as `write_report` does."""
-    folder = RunDir(run)
-    recipe, evaluation = _read(folder)
+def write_card(run: str | Path, folder: Path | None = None, export: Data | None = None) -> Path:
+    """Write the card of the adapter, or of an `export` of it into its `folder`; returns its path.
+
+    Args:
+        export: what `export.json` holds, and the commands to `serve` it.
+
+    Raises: `RunError` as `write_report` does.
+    """
+    at = RunDir(run)
+    recipe, evaluation = _read(at)
     name = recipe["recipe"]["model"]["name"]
     rank = int(recipe["recipe"]["lora"]["rank"])
     revision = recipe["recipe"]["model"].get("revision")
     base = Path(name)
-    source, options = (base.parent.as_posix(), {"gguf_file": base.name}) if base.suffix == ".gguf" else (name, {})
+    if base.is_absolute():  # a place that only this machine has
+        base = Path("path/to") / base.name
+    source, options = (base.parent.as_posix(), {"gguf_file": base.name}) if base.suffix == ".gguf" else (str(base), {})
     if revision:
         options["revision"] = revision
+    vllm = (
+        f"vllm serve {shlex.quote(str(base))}{f' --revision {shlex.quote(revision)}' if revision else ''} "
+        f"--enable-lora --lora-modules {slug(recipe['recipe']['name'])}=path/to/this/folder "
+        f"--max-lora-rank {next((size for size in VLLM_RANKS if size >= rank), rank)}"
+    )
+    export = export or {"format": "peft", "strength": 1.0, "serve": [vllm], "merged": None}
+    library, relation, tag = KINDS[export["format"]]
+    common = _common(recipe, evaluation)
+    base_model = name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".") else base.name
     view = {
-        **_common(recipe, evaluation),
-        "base_model": name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".") else base.name,
+        **common,
+        "model": {**common["model"], "name": base_model},
+        "base_model": base_model,
         "load_arguments": Markup(", ".join([repr(source), *(f"{key}={value!r}" for key, value in options.items())])),
         "dtype": recipe["model"].get("dtype", "auto"),
-        "serve": f"vllm serve {shlex.quote(name)}{f' --revision {shlex.quote(revision)}' if revision else ''} "
-        f"--enable-lora --lora-modules {_slug(recipe['recipe']['name'])}=path/to/this/folder "
-        f"--max-lora-rank {next((size for size in VLLM_RANKS if size >= rank), rank)}",
+        "export": export,
+        "library": library,
+        "relation": relation,
+        "tag": tag,
+        "measured": _measured(evaluation) if export["strength"] == 1 else [],
+        "serve": "\n".join(export["serve"]),
         "max_new_tokens": recipe["recipe"].get("eval", {}).get("max_new_tokens", 128),
     }
-    write_atomic(folder / "adapter" / "README.md", environment("md").get_template("card.md.j2").render(view))
-    return folder / "adapter" / "README.md"
+    path = (folder or at / "adapter") / "README.md"
+    write_atomic(path, environment("md").get_template("card.md.j2").render(view))
+    return path
+
+
+def _measured(evaluation: Data) -> list[Data]:
+    """The student's metrics with their intervals, as the hub's index of models takes them."""
+    table = {**evaluation["table"].get("distilled", {}), "kl_closed": evaluation.get("kl_closed")}
+    found = []
+    for metric, estimate in table.items():
+        if metric in ("prompt_tokens", "latency_ms") or not estimate or not finite(estimate.get("mean")):
+            continue
+        interval = {key: estimate[key] for key in ("low", "high") if finite(estimate.get(key))}
+        args = {**interval, "interval": "95 % over rows", "rows": estimate.get("n", evaluation.get("rows"))}
+        name = metric_label(metric).removesuffix(" %")
+        found.append({"type": metric, "name": name, "value": estimate["mean"], "args": args})
+    return found
 
 
 # ---- what the templates see
@@ -300,7 +344,7 @@ def fence(text: str, language: str = "") -> Markup:
     return Markup(f"{ticks}{language}\n{text}\n{ticks}")
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "adapter"
 
 
@@ -317,5 +361,5 @@ def environment(kind: str) -> Environment:
         keep_trailing_newline=True,
     )
     made.filters.update(fence=fence, plain=Markup, literal=lambda text: Markup(repr(text)))
-    made.filters["quoted"] = lambda text: Markup(json.dumps(visible(text), ensure_ascii=False))
+    made.filters["quoted"] = lambda value: Markup(visible(json.dumps(value, ensure_ascii=False)))
     return made
