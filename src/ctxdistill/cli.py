@@ -253,6 +253,37 @@ def try_(
 
 
 @app.command()
+def playground(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes any that is free.", min=0, max=65535)] = 7860,
+    as_json: Json = False,
+) -> None:
+    """A page where base model, teacher and student answer side by side, with a dial for the adapter's strength.
+
+    Needs the extra: pip install "ctxdistill[playground]". Ctrl-C ends it.
+
+    Example: ctxdistill playground runs/demo
+    """
+    for run in runs:
+        RunDir.existing(run)
+    with _work(as_json, first="loading the model") as watcher:
+        from ctxdistill.playground import LOCAL, serve
+
+        def ready(url: str) -> None:
+            watcher.close()
+            if as_json:
+                print(json.dumps({"url": url, "runs": [str(run) for run in runs]}), file=sys.__stdout__, flush=True)
+                return
+            out = display.console()
+            out.print(display.plain(f"playground: {url} (Ctrl-C ends it)"), soft_wrap=True)
+            if host not in LOCAL:
+                out.print(display.plain("whoever reaches this address can use the model and read held-out queries"))
+
+        serve(runs, host=host, port=port, ready=ready)
+
+
+@app.command()
 def study(
     path: Annotated[
         Path | None, typer.Argument(metavar="[STUDY]", help="The study, a .toml file.", show_default=False)

@@ -175,4 +175,17 @@ def explicit(section: Any, prefix: str = "") -> list[str]:
 def stored_recipe(run: RunDir) -> Recipe:
     """The recipe that a run was made with."""
     stored = run.read_json("recipe.json")
-    return Recipe.from_dict(stored["recipe"], base_dir=stored["base_dir"])
+    full = Recipe.from_dict(stored["recipe"], base_dir=stored["base_dir"])
+    return Recipe.from_dict(_without_defaults(full, set(stored["explicit"])), base_dir=stored["base_dir"])
+
+
+def _without_defaults(section: Any, given: set[str], prefix: str = "") -> dict[str, Any]:
+    """The values of a section but for defaults that the user did not give: some checks ask whether a value was given."""
+    values = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if hasattr(value, "model_fields_set"):
+            values[name] = _without_defaults(value, given, f"{prefix}{name}.")
+        elif name != "base_dir" and (f"{prefix}{name}" in given or value != field.get_default()):
+            values[name] = value
+    return values
