@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -76,8 +77,12 @@ def url(tmp_path_factory: pytest.TempPathFactory, llama: Path, outside: Outside)
     command = [sys.executable, "-c", code, "playground", *runs, "--port", "0", "--json"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout
-        yield json.loads(server.stdout.readline())["url"]
-        server.terminate()
+        try:
+            yield json.loads(server.stdout.readline())["url"]
+            server.send_signal(signal.SIGINT)  # Ctrl-C, while the page is open
+            assert server.wait(120) == 130
+        finally:
+            server.kill()
 
 
 @pytest.fixture(scope="module")

@@ -253,6 +253,26 @@ def try_(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The page that is written.")] = Path("compare.html"),
+    as_json: Json = False,
+) -> None:
+    """Put two or more finished runs side by side, with paired tests on the held-out rows that they share.
+
+    Example: ctxdistill compare runs/rank-4 runs/rank-16 --out ranks.html
+    """
+    from ctxdistill import compare as comparing
+
+    found = comparing.compare(runs)
+    page = comparing.write_page(found, out)
+    if as_json:
+        _json({"page": str(page), **found})
+    else:
+        display.comparison(display.console(), found, page)
+
+
+@app.command()
 def playground(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs.", show_default=False)],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",

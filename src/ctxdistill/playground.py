@@ -325,8 +325,9 @@ def serve(
             raise RunError(
                 f"cannot listen on {host}, port {port}: {error}", fix="choose another with --port, or --port 0 for any"
             ) from None
-        server = uvicorn.Server(uvicorn.Config(application(Runs(folders)), log_level="warning"))
+        # an open page holds a connection for as long as it is open: Ctrl-C does not wait for that
+        config = uvicorn.Config(application(Runs(folders)), log_level="warning", timeout_graceful_shutdown=1)
         listening.listen()  # who comes before the server is up waits
         name = f"[{host}]" if ":" in host else host
         ready(f"http://{name}:{listening.getsockname()[1]}/")
-        server.run(sockets=[listening])
+        uvicorn.Server(config).run(sockets=[listening])

@@ -36,7 +36,7 @@ from ctxdistill.results import (
 )
 from ctxdistill.rundir import RunDir, write_atomic
 
-__all__ = ["cells", "examples", "result_table", "verdict", "write_card", "write_report"]
+__all__ = ["cells", "examples", "read_run", "result_table", "verdict", "write_card", "write_report"]
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank takes
 
@@ -56,7 +56,7 @@ def write_report(run: str | Path) -> Path:
 def write_card(run: str | Path) -> Path:
     """Write the adapter card, `adapter/README.md`; returns its path. Raises: `RunError` as `write_report` does."""
     folder = RunDir(run)
-    recipe, evaluation = _read(folder)
+    recipe, evaluation = read_run(folder)
     name = recipe["recipe"]["model"]["name"]
     rank = int(recipe["recipe"]["lora"]["rank"])
     revision = recipe["recipe"]["model"].get("revision")
@@ -81,7 +81,7 @@ def write_card(run: str | Path) -> Path:
 # ---- what the templates see
 
 
-def _read(folder: RunDir) -> tuple[Data, Data]:
+def read_run(folder: RunDir) -> tuple[Data, Data]:
     """recipe.json and evaluation.json. Raises `RunError` when one is missing, damaged or half filled."""
     needed = {"recipe.json": ("recipe", "model"), "evaluation.json": ("arms", "table")}
     fix = "finish the run with `ctxdistill distill RECIPE --out DIR --resume`"
@@ -137,7 +137,7 @@ def _view(folder: RunDir) -> Data:
     """Everything on the page."""
     from ctxdistill.plots import break_even_plots, training_plot  # matplotlib takes a second to load
 
-    recipe, evaluation = _read(folder)
+    recipe, evaluation = read_run(folder)
     return {
         **_common(recipe, evaluation),
         "tiles": _tiles(evaluation),
