@@ -12,14 +12,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
 ORDER = """
-errors < losses, stats < recipe < rows < tasks < rundir < draws, arms < grid < weights, packing, fused < lm < prompts <
+errors < losses, stats < recipe < rows < tasks, formats < rundir < draws, arms < grid < weights, packing, fused < lm < prompts <
 targets < teachers, train < evaluate < dataset < accounts < plan, session < retention < cells < results, plots < claims < analysis <
 report, export < study_report, compare < pipeline < study, playground < display < cli < docs
 """
 FREE = {"__init__", "__main__"}
 """The package's face: may import everything."""
 LIGHT = [
-    "cli", "report", "recipe", "stats", "rows", "rundir", "errors", "tasks", "draws", "grid", "analysis", "study_report", "compare",
+    "cli", "report", "recipe", "stats", "rows", "rundir", "errors", "tasks", "draws", "grid", "analysis", "study_report",
+    "compare", "formats",
 ]  # fmt: skip
 """Modules that must not load torch."""
 

@@ -94,29 +94,48 @@ def demo(
 def init(
     path: Annotated[Path, typer.Argument(metavar="[PATH]", help="A new file, or a folder.")] = Path("recipe.toml"),
     kind: Annotated[Kind, typer.Option(help="The context: system, few-shot or document.")] = "few-shot",
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Rows of TRL, ms-swift, bakery or OpenAI.", show_default=False)
+    ] = None,
+    context: Annotated[
+        Path | None, typer.Option(help="With --from: the system prompt, for rows without one.", show_default=False)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --from: the model.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a recipe with comments, to start from.
+    """Write a recipe with comments, to start from; with --from, one that reads rows written for another tool.
 
     Example: ctxdistill init support.toml --kind system
     """
     path = path / "recipe.toml" if path.is_dir() else path
     if path.exists() and not force:
         raise RunError(f"{path} is there already", fix="choose another name, or replace it with --force")
-    text = resources.files("ctxdistill").joinpath("recipes", f"{kind}.toml").read_text(encoding="utf-8")
+    if source is None:
+        if context or model:
+            raise RunError("--context and --model belong to --from", fix="edit them in the recipe that is written")
+        text = resources.files("ctxdistill").joinpath("recipes", f"{kind}.toml").read_text(encoding="utf-8")
+        remarks: list[str] = []
+        edit = "the model, the context, the files with queries (its comments say what they look like)"
+    else:
+        from ctxdistill.formats import MODEL, recipe_for
+
+        text, remarks = recipe_for(source, path, model=model or MODEL, context=context)
+        edit = "the model, and what else its comments say"
     write_atomic(path, text)
     name = shlex.quote(str(path))
     steps = [
-        f"edit {name}: the model, the context, the files with queries (its comments say what they look like)",
+        f"edit {name}: {edit}",
         f"look at the prompts:        ctxdistill show {name}",
         f"is there anything to teach? ctxdistill gate {name}",
         f"distil:                     ctxdistill distill {name}",
     ]
     if as_json:
-        _json({"recipe": str(path), "kind": kind, "next": steps})
+        _json({"recipe": str(path), "kind": None if source else kind, "remarks": remarks, "next": steps})
         return
     out = display.console()
+    for remark in remarks:
+        out.print(display.plain(remark), soft_wrap=True)
     out.print(display.plain(f"wrote {path}; next:"), soft_wrap=True)
     for number, step in enumerate(steps, 1):
         out.print(display.plain(f"  {number}. {step}"), soft_wrap=True)
