@@ -12,9 +12,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
 ORDER = """
-errors < losses, stats < recipe < rows < tasks, formats < rundir < draws, arms < grid < weights, packing, fused < lm < prompts <
-targets < teachers, train < evaluate < dataset < accounts < plan, session < retention < cells < results, plots < claims < analysis <
-report, export < study_report, compare < pipeline < study, playground < display < cli < docs
+errors < losses, stats < recipe < rows < tasks, formats < rundir < draws, arms < grid < weights, packing, fused,
+trackers < lm < prompts < targets < teachers, train < evaluate < dataset < accounts < plan, session < retention <
+cells < results, plots < claims < analysis < report, export < study_report, compare < pipeline < study, playground <
+display < cli < docs
 """
 FREE = {"__init__", "__main__"}
 """The package's face: may import everything."""

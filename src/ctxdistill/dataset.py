@@ -129,6 +129,7 @@ def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str
     values = recipe.to_dict()
     # What changes no result may change between two attempts at one run, such as gate.on_fail after the gate said no.
     decisive = {name: value for name, value in values.items() if name not in {"name", "gate", "cost"}}
+    decisive["train"] = {name: value for name, value in values["train"].items() if name != "report_to"}
     prompts = fingerprint([[p.teacher, p.student] for found in rows.pairs.values() for p in found])
     c = recipe.context
     context = {

@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ctxdistill import evaluate as evaluation
-from ctxdistill import losses
+from ctxdistill import losses, trackers
 from ctxdistill import plan as planning
 from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
@@ -66,6 +66,7 @@ def distill(
             found=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
             fix="start it without torchrun or accelerate launch",
         )
+    trackers.check(recipe.train.report_to)
     run = RunDir(out or Path("runs") / (recipe.name or "run"))
     lm, prompter, rows = prepare(recipe)
     manifest = describe(recipe, lm, prompter, rows)

@@ -219,6 +219,9 @@ class TrainSection(Section):
     """Stop after this many epochs without a better validation loss; 0 never stops early."""
     checkpoint_every: NotNegative = 20
     """Steps between checkpoints, from which `--resume` goes on; 0 keeps none."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Trackers that also get what `metrics.jsonl` holds. They stay on this machine, in the run folder's `tracking/`, unless
+    their own variables say otherwise (`WANDB_MODE`, `MLFLOW_TRACKING_URI`). Each needs its package."""
     seed: int = 0
     """Seed of everything that is drawn: initialisation, order, dropout, sampling, bootstrap."""
 
