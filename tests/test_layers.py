@@ -12,15 +12,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
 ORDER = """
-errors < losses, stats, generic < recipe < rows < tasks < rundir < draws, arms < grid < weights, packing, fused < lm <
-adapters, prompts < targets < teachers, train < policy < evaluate < dataset < accounts, behaviour < crosstalk < compose, plan
-< retention < cells < results, plots < claims < analysis < report, gguf_export < export, runtimes < check < study_report <
-pipeline < study < display < cli < docs
+errors < losses, stats, generic < recipe < rows < tasks, formats < rundir < draws, arms < grid < weights, packing, fused,
+trackers < lm < adapters, prompts < targets < teachers, train < policy < evaluate < dataset < accounts, behaviour < crosstalk
+< compose, plan, session < retention < cells < results, plots < claims < analysis < report, gguf_export < export, runtimes <
+check < study_report, compare < pipeline < study, playground < display < cli < docs
 """
 FREE = {"__init__", "__main__"}
 """The package's face: may import everything."""
 LIGHT = [
     "cli", "report", "recipe", "stats", "rows", "rundir", "errors", "tasks", "draws", "grid", "analysis", "study_report",
+    "compare", "formats",
 ]  # fmt: skip
 """Modules that must not load torch."""
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import tiny
 from ctxdistill import pipeline
-from ctxdistill.dataset import prepare
+from ctxdistill.dataset import explicit, prepare, stored_recipe
 from ctxdistill.errors import DataError, FitError, GateError, ModelError, RunError
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection, Recipe
@@ -314,3 +314,13 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bits(job: Path) -> None
     a, b = (json.loads((job / d / "evaluation.json").read_text()) for d in ("straight", "broken"))
     assert a["kl_closed"] == b["kl_closed"]
     shutil.rmtree(job / "broken")
+
+
+def test_a_stored_recipe_tells_what_was_given_from_defaults(job: Path) -> None:
+    given = recipe(job)
+    tiny.write_jsonl(job / "queries.jsonl", [{"prompt": f"say {n}"} for n in "abcdefghijkl"])  # without answers
+    done = pipeline.distill(given, job / "run")
+    stored = stored_recipe(RunDir(done.path))
+    assert stored.to_dict() == given.to_dict()
+    assert explicit(stored) == explicit(given)
+    assert pipeline.evaluate(done.path)["rows"] == 8

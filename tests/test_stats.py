@@ -22,6 +22,7 @@ from ctxdistill.stats import (
     macro_f1,
     mcnemar,
     paired_difference,
+    paired_p,
     sign_flip,
 )
 
@@ -367,3 +368,18 @@ def test_wrong_input() -> None:
         bootstrap_mean([1.0, math.nan], **OPTIONS)
     with pytest.raises(ValueError, match="found 1 and 2"):
         macro_f1(["a", "b"], ["a"])
+
+
+def test_paired_p_counts_sign_flips() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.8, 1, 9), rng.normal(0, 1, 9)
+    d = a - b
+    flips = np.array(list(itertools.product([1, -1], repeat=9)))
+    by_hand = (np.abs((flips * d).sum(1)) >= abs(d.sum()) - 1e-12).mean()
+    assert paired_p(a, b, resamples=1000, seed=0) == pytest.approx(by_hand)
+    sampled = paired_p(a, b, resamples=511, seed=0)  # 2^9 is more than that
+    assert sampled == pytest.approx(by_hand, abs=0.06) and sampled != by_hand
+    assert paired_p(a, a, resamples=1000, seed=0) == 1.0
+    right, wrong = [1, 1, 1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 0, 1, 1, 1]
+    assert paired_p(right, wrong, resamples=1000, seed=0) == pytest.approx(mcnemar(right, wrong))
+    assert paired_p(right * 99, [0] * 792, resamples=1000, seed=0) == pytest.approx(1 / 1001)

@@ -95,29 +95,48 @@ def demo(
 def init(
     path: Annotated[Path, typer.Argument(metavar="[PATH]", help="A new file, or a folder.")] = Path("recipe.toml"),
     kind: Annotated[Kind, typer.Option(help="The context: system, few-shot or document.")] = "few-shot",
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Rows of TRL, ms-swift, bakery or OpenAI.", show_default=False)
+    ] = None,
+    context: Annotated[
+        Path | None, typer.Option(help="With --from: the system prompt, for rows without one.", show_default=False)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --from: the model.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a recipe with comments, to start from.
+    """Write a recipe with comments, to start from; with --from, one that reads rows written for another tool.
 
     Example: ctxdistill init support.toml --kind system
     """
     path = path / "recipe.toml" if path.is_dir() else path
     if path.exists() and not force:
         raise RunError(f"{path} is there already", fix="choose another name, or replace it with --force")
-    text = resources.files("ctxdistill").joinpath("recipes", f"{kind}.toml").read_text(encoding="utf-8")
+    if source is None:
+        if context or model:
+            raise RunError("--context and --model belong to --from", fix="edit them in the recipe that is written")
+        text = resources.files("ctxdistill").joinpath("recipes", f"{kind}.toml").read_text(encoding="utf-8")
+        remarks: list[str] = []
+        edit = "the model, the context, the files with queries (its comments say what they look like)"
+    else:
+        from ctxdistill.formats import MODEL, recipe_for
+
+        text, remarks = recipe_for(source, path, model=model or MODEL, context=context)
+        edit = "the model, and what else its comments say"
     write_atomic(path, text)
     name = shlex.quote(str(path))
     steps = [
-        f"edit {name}: the model, the context, the files with queries (its comments say what they look like)",
+        f"edit {name}: {edit}",
         f"look at the prompts:        ctxdistill show {name}",
         f"is there anything to teach? ctxdistill gate {name}",
         f"distil:                     ctxdistill distill {name}",
     ]
     if as_json:
-        _json({"recipe": str(path), "kind": kind, "next": steps})
+        _json({"recipe": str(path), "kind": None if source else kind, "remarks": remarks, "next": steps})
         return
     out = display.console()
+    for remark in remarks:
+        out.print(display.plain(remark), soft_wrap=True)
     out.print(display.plain(f"wrote {path}; next:"), soft_wrap=True)
     for number, step in enumerate(steps, 1):
         out.print(display.plain(f"  {number}. {step}"), soft_wrap=True)
@@ -315,6 +334,57 @@ def check(
     _json(found) if as_json else display.checked(display.console(), found)
     if not found["passed"]:
         raise typer.Exit(2)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The page that is written.")] = Path("compare.html"),
+    as_json: Json = False,
+) -> None:
+    """Put two or more finished runs side by side, with paired tests on the held-out rows that they share.
+
+    Example: ctxdistill compare runs/rank-4 runs/rank-16 --out ranks.html
+    """
+    from ctxdistill import compare as comparing
+
+    found = comparing.compare(runs)
+    page = comparing.write_page(found, out)
+    if as_json:
+        _json({"page": str(page), **found})
+    else:
+        display.comparison(display.console(), found, page)
+
+
+@app.command()
+def playground(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes any that is free.", min=0, max=65535)] = 7860,
+    as_json: Json = False,
+) -> None:
+    """A page where base model, teacher and student answer side by side, with a dial for the adapter's strength.
+
+    Needs the extra: pip install "ctxdistill[playground]". Ctrl-C ends it.
+
+    Example: ctxdistill playground runs/demo
+    """
+    for run in runs:
+        RunDir.existing(run)
+    with _work(as_json, first="loading the model") as watcher:
+        from ctxdistill.playground import LOCAL, serve
+
+        def ready(url: str) -> None:
+            watcher.close()
+            if as_json:
+                print(json.dumps({"url": url, "runs": [str(run) for run in runs]}), file=sys.__stdout__, flush=True)
+                return
+            out = display.console()
+            out.print(display.plain(f"playground: {url} (Ctrl-C ends it)"), soft_wrap=True)
+            if host not in LOCAL:
+                out.print(display.plain("whoever reaches this address can use the model and read held-out queries"))
+
+        serve(runs, host=host, port=port, ready=ready)
 
 
 @app.command()

@@ -130,6 +130,7 @@ def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str
     values = recipe.to_dict()
     # What changes no result may change between two attempts at one run, such as gate.on_fail after the gate said no.
     decisive = {name: value for name, value in values.items() if name not in {"name", "gate", "cost", "behaviour"}}
+    decisive["train"] = {name: value for name, value in values["train"].items() if name != "report_to"}
     prompts = fingerprint([[p.teacher, p.student] for found in rows.pairs.values() for p in found])
     c = recipe.context
     context = {
@@ -176,16 +177,17 @@ def explicit(section: Any, prefix: str = "") -> list[str]:
 def stored_recipe(run: RunDir) -> Recipe:
     """The recipe that a run was made with."""
     stored = run.read_json("recipe.json")
-    recipe = Recipe.from_dict(stored["recipe"], base_dir=stored["base_dir"])
-    _forget_defaults(recipe, set(stored.get("explicit") or ()))
-    return recipe
+    full = Recipe.from_dict(stored["recipe"], base_dir=stored["base_dir"])
+    return Recipe.from_dict(_without_defaults(full, set(stored["explicit"])), base_dir=stored["base_dir"])
 
 
-def _forget_defaults(section: Any, given: set[str], prefix: str = "") -> None:
-    """Let only the values in `given` (dotted names) count as the user's: a stored recipe spells out all of them."""
-    for name in [*section.model_fields_set]:
+def _without_defaults(section: Any, given: set[str], prefix: str = "") -> dict[str, Any]:
+    """The values of a section but for defaults that the user did not give: some checks ask whether a value was given."""
+    values = {}
+    for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if hasattr(value, "model_fields_set"):
-            _forget_defaults(value, given, f"{prefix}{name}.")
-        elif f"{prefix}{name}" not in given:
-            section.__pydantic_fields_set__.discard(name)
+            values[name] = _without_defaults(value, given, f"{prefix}{name}.")
+        elif name != "base_dir" and (f"{prefix}{name}" in given or value != field.get_default()):
+            values[name] = value
+    return values

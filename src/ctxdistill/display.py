@@ -257,6 +257,36 @@ def results(out: Console, path: Path, evaluation: Mapping[str, Any], scores: Seq
         out.print(plain(f"{name}: {file}"), soft_wrap=True)
 
 
+def comparison(out: Console, found: Mapping[str, Any], page: Path) -> None:
+    """Several runs side by side: the table, the tested differences, what is not compared."""
+    for run in found["runs"]:
+        out.print(plain(f"{run['letter']}  {run['name']} ({run['path']})", "bold"), soft_wrap=True)
+        out.print(Padding(plain(run["sentence"]), (0, 0, 0, 3), expand=False))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("")
+    for run in found["runs"]:
+        table.add_column(plain(run["letter"]), justify="right", overflow="fold")
+    for row in found["table"]:
+        table.add_row(plain(row["label"]), *(plain(cell) for cell in row["cells"]))
+    out.print()
+    out.print(table)
+    if found["pairs"]:
+        out.print()
+        tests = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for title in ("runs", "metric", "rows", "difference", "test", "p", "p (Holm)", ""):
+            tests.add_column(title, overflow="fold")
+        for pair in found["pairs"]:
+            names = ("runs", "label", "rows", "text", "test", "p_text", "p_holm_text", "reading")
+            tests.add_row(*(plain(pair[name]) for name in names))
+        out.print(tests)
+    out.print()
+    for item in found["refused"]:
+        _item(out, f"{item['runs']}, {item['what']}: not compared, {item['why']}")
+    for note in found["notes"]:
+        _item(out, note)
+    out.print(plain(f"page: {page}"), soft_wrap=True)
+
+
 def _item(out: Console, text: str) -> None:
     out.print(Padding(plain(f"- {text}"), (0, 0, 0, 2), expand=False))
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
@@ -520,13 +521,18 @@ class LM:
         (self.peft or self.model).train(on)
 
     @contextlib.contextmanager
-    def adapter(self, on: bool) -> Iterator[None]:
-        """Inside, the model is the student (`on`) or the frozen base and teacher (off)."""
+    def adapter(self, on: bool, strength: float = 1.0) -> Iterator[None]:
+        """Inside, the model is the student (`on`) or the frozen base and teacher (off). `strength` multiplies the scale of
+        the student's update: 0 is the base model, 1 the student as it was trained."""
         if on and self.peft is None and not self.trains_head:
             raise RuntimeError("there is no adapter")  # a bug, not the user's
         if not on and self.trains_head:
             raise RuntimeError("the base model is being trained")  # a bug, not the user's
-        with contextlib.nullcontext() if on or self.peft is None else self.peft.disable_adapter():
+        with contextlib.ExitStack() as stack:
+            if self.peft is not None and not on:
+                stack.enter_context(self.peft.disable_adapter())
+            elif self.peft is not None and strength != 1:
+                stack.enter_context(rescale_adapter_scale(self.peft, strength))
             yield
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:

@@ -11,11 +11,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import shutil
 import tempfile
-import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ctxdistill import evaluate as evaluation
-from ctxdistill import generic, losses
+from ctxdistill import generic, losses, trackers
 from ctxdistill import plan as planning
 from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
@@ -33,11 +31,12 @@ from ctxdistill.compose import compose
 from ctxdistill.crosstalk import groups_of, matrix
 from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe
 from ctxdistill.errors import DataError, GateError, RunError
-from ctxdistill.lm import LM, check_fit
+from ctxdistill.lm import LM
 from ctxdistill.policy import Rounds
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress
+from ctxdistill.session import Piece, Session
 from ctxdistill.targets import TargetStore, label
 from ctxdistill.train import Example, train
 from ctxdistill.weights import load_tokenizer, packaged_gguf
@@ -72,6 +71,7 @@ def distill(
             found=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
             fix="start it without torchrun or accelerate launch",
         )
+    trackers.check(recipe.train.report_to)
     run = RunDir(out or Path("runs") / (recipe.name or "run"))
     lm, prompter, rows = prepare(recipe)
     manifest = describe(recipe, lm, prompter, rows)
@@ -195,19 +195,10 @@ def try_text(
     run: str | Path, text: str, *, max_new_tokens: int | None = None, strength: float = 1.0
 ) -> Generator[tuple[str, str], None, None]:
     """Answer `text` as base model, as teacher with the context, and as student: (arm, piece of text) as it is written."""
-    folder = RunDir.existing(run)
-    recipe = stored_recipe(folder)
-    lm = LM.load(recipe.model, recipe.base_dir)
-    prompter = Prompter(recipe, lm.tokenizer)
-    pair = prompter.pair_of_text(text)
-    limit = max_new_tokens or recipe.eval.max_new_tokens
-    check_fit([("your text", len(pair.teacher) + limit)], lm.window, "the prompt")
-    lm.load_adapter(folder / "adapter")
-    scale(lm, strength)
-    for arm in evaluation.ARMS:
-        prompt = pair.teacher if arm == "in_context" else pair.student
-        with lm.adapter(arm == "distilled"):
-            yield from ((arm, piece) for piece in stream(lm, prompter, prompt, limit))
+    with contextlib.closing(Session.load(run).answer(text, strength=strength, max_new_tokens=max_new_tokens)) as said:
+        for part in said:
+            if isinstance(part, Piece):
+                yield part.arm, part.text
 
 
 def demo(out: str | Path | None = None, *, small: bool = False, progress: Progress | None = None) -> Run:
@@ -329,39 +320,6 @@ def save_adapter(lm: LM, run: RunDir) -> None:
         raise disk_error(folder, error) from None
     except SafetensorError as error:
         raise RunError(f"cannot write {folder}: {error}", fix="free some space, then go on with --resume") from None
-
-
-def stream(lm: LM, prompter: Prompter, prompt: Sequence[int], limit: int) -> Iterator[str]:
-    """The answer to `prompt`, piece by piece. A reader who stops early stops the writing, too."""
-    tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
-    abandoned = threading.Event()
-
-    def ends(ids: list[int]) -> bool:
-        return abandoned.is_set() or prompter.ends(ids)
-
-    def write() -> None:
-        try:
-            lm.generate([prompt], max_new_tokens=limit, ends=ends, on_token=tokens.put)
-            tokens.put(None)
-        except BaseException as error:  # handed to the reader
-            tokens.put(error)
-
-    writer = threading.Thread(target=write, daemon=True)
-    writer.start()
-    ids: list[int] = []
-    shown = ""
-    try:
-        while (token := tokens.get()) is not None:
-            if isinstance(token, BaseException):
-                raise token
-            ids.append(token)
-            text = prompter.text(ids)
-            if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
-    finally:
-        abandoned.set()
-        writer.join()
 
 
 __all__ = [

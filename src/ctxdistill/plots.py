@@ -267,6 +267,27 @@ def cost_plot(points: Sequence[Mapping[str, Any]], constant: float | None, what:
     return _svg(figure, name, f"Accuracy against {what}")
 
 
+def interval_plot(points: Sequence[tuple[str, Mapping[str, Any]]], what: str, name: str) -> Markup | None:
+    """Shares with their intervals, one line each from top to bottom; None when there are none.
+
+    Args:
+        points: (letter, estimate) pairs, the estimate with `mean`, `low` and `high`.
+        what: label of the axis, in per cent. name: prefix of ids in the SVG.
+    """
+    if not points:
+        return None
+    figure = _figure()
+    axes = figure.subplots()
+    for height, (_, estimate) in enumerate(points):
+        mean, low, high = (100 * _number(estimate.get(key)) for key in ("mean", "low", "high"))
+        axes.plot([low, high], [height, height], color=STUDENT, alpha=0.6, linewidth=2.2)
+        axes.plot([mean], [height], "o", color=STUDENT, markersize=6.5)
+    _style(axes, what, "")
+    axes.set_yticks(range(len(points)), [letter for letter, _ in points])
+    axes.set_ylim(len(points) - 0.5, -0.5)
+    return _svg(figure, name, f"{what} of each run, with 95 % intervals")
+
+
 def _marker(axes: Axes, x: float, y: float, look: Mapping[str, Any]) -> None:
     face = "none" if look["hollow"] else look["color"]
     axes.plot([x], [y], look["marker"], color=look["color"], markerfacecolor=face, markersize=6.5, zorder=3)

@@ -69,6 +69,10 @@ class DataSection(Section):
     """Column with the query text. Not needed when `prompt.pattern` names other columns, or `messages` is given."""
     messages: str | None = None
     """Column with a list of chat messages (`role`, `content`) instead of a text."""
+    turns: Literal["query", "answered", "conversation"] = "query"
+    """What `messages` holds. `query`: what both sides see, the question last. `answered`: behind it the assistant's answer,
+    which becomes the column `answer`. `conversation`, as in fine-tuning files: also a first system turn, which the student
+    does not see; it must be `context.system`, or `context.column = "system"` makes it each row's context."""
     answer: str = "answer"
     """Column with the reference answer. Rows without it can be trained on, but not scored for accuracy."""
     duplicates: Literal["error", "drop"] = "error"
@@ -230,6 +234,9 @@ class TrainSection(Section):
     """Stop after this many epochs without a better validation loss; 0 never stops early."""
     checkpoint_every: NotNegative = 20
     """Steps between checkpoints, from which `--resume` goes on; 0 keeps none."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Trackers that also get what `metrics.jsonl` holds. They stay on this machine, in the run folder's `tracking/`, unless
+    their own variables say otherwise (`WANDB_MODE`, `MLFLOW_TRACKING_URI`). Each needs its package."""
     seed: int = 0
     """Seed of everything that is drawn: initialisation, order, dropout, sampling, bootstrap."""
 
@@ -401,6 +408,11 @@ class Recipe(Section):
                 'prompt.style = "text" has no roles: system and messages cannot be rendered; use prompt.instruction and '
                 'context.documents, or prompt.style = "chat"'
             )
+        problems += [
+            f"{name}.turns has no effect without {name}.messages"
+            for name, part in (("queries", self.queries), ("eval", self.eval))
+            if part.turns != "query" and not part.messages
+        ]
         if not all(word.strip() for word in p.label_words):
             problems.append("prompt.label_words: an empty word")
         if len(set(p.label_words)) != len(p.label_words) or (p.label_words and len(p.label_words) < 2):

@@ -39,7 +39,7 @@ from ctxdistill.results import (
 )
 from ctxdistill.rundir import RunDir, write_atomic
 
-__all__ = ["cells", "examples", "result_table", "verdict", "write_card", "write_report"]
+__all__ = ["cells", "examples", "read_run", "result_table", "verdict", "write_card", "write_report"]
 
 KINDS = {
     "peft": ("peft", "adapter", "lora"),
@@ -73,7 +73,7 @@ def write_card(run: str | Path, folder: Path | None = None, export: Data | None 
     Raises: `RunError` as `write_report` does.
     """
     at = RunDir(run)
-    recipe, evaluation = _read(at)
+    recipe, evaluation = read_run(at)
     name = recipe["recipe"]["model"]["name"]
     rank = int(recipe["recipe"]["lora"]["rank"])
     revision = recipe["recipe"]["model"].get("revision")
@@ -128,7 +128,7 @@ def _measured(evaluation: Data) -> list[Data]:
 # ---- what the templates see
 
 
-def _read(folder: RunDir) -> tuple[Data, Data]:
+def read_run(folder: RunDir) -> tuple[Data, Data]:
     """recipe.json and evaluation.json. Raises `RunError` when one is missing, damaged or half filled."""
     needed = {"recipe.json": ("recipe", "model"), "evaluation.json": ("arms", "table")}
     fix = "finish the run with `ctxdistill distill RECIPE --out DIR --resume`"
@@ -184,7 +184,7 @@ def _view(folder: RunDir) -> Data:
     """Everything on the page."""
     from ctxdistill.plots import break_even_plots, strength_plot, training_plot  # matplotlib takes a second to load
 
-    recipe, evaluation = _read(folder)
+    recipe, evaluation = read_run(folder)
     return {
         **_common(recipe, evaluation),
         "tiles": _tiles(evaluation),

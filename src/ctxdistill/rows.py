@@ -98,11 +98,43 @@ def read(
         records, total = reader(path, section.limit, problems)
     if not records and not problems:
         raise DataError(f"{what}: {source} is empty", expected="at least one row", found="none")
+    if section.messages and section.turns != "query":
+        records = [_split_turns(record, section, recipe, problems) for record in records]
     problems += _check(records, _columns(section, recipe, what, answers), recipe.prompt.label_words)
     if problems:
         fix = "mend these lines, or name other columns in the recipe"
         raise several(DataError, f"{what}: {source}", problems, fix=fix)
     return Rows([Row(row_id(fields), fields, origin) for origin, fields in records], total - len(records), source)
+
+
+def read_rows(path: Path) -> list[Fields]:
+    """All rows of a data file as they are, no column named. Raises `DataError` that lists all that is wrong."""
+    problems = list[str]()
+    records, _ = _reader(path, "the rows")(path, 0, problems)
+    if problems or not records:
+        problems = problems or ["there are no rows"]
+        raise several(DataError, str(path), problems, fix="a row is an object: one a line in .jsonl, a list in .json")
+    return [fields for _, fields in records]
+
+
+def _split_turns(record: Record, section: DataSection, recipe: Recipe, problems: list[str]) -> Record:
+    """The record with the last assistant's turn as its answer and, of a `conversation`, the system turn as its context."""
+    origin, fields = record
+    column = str(section.messages)
+    turns = fields.get(column)
+    if not isinstance(turns, list) or not turns or not all(isinstance(m, dict) for m in turns):
+        return record  # `_check` says what is wrong with it
+    found: Fields = {}
+    if turns[-1].get("role") == "assistant":
+        found[section.answer], turns = turns[-1].get("content"), turns[:-1]
+    if section.turns == "conversation" and turns and turns[0].get("role") == "system":
+        found["system"], turns = turns[0].get("content"), turns[1:]
+        own = recipe.context.column == "system"
+        if not own and str(found["system"]).strip() != (recipe.context.system or "").strip():
+            problems.append(f"{origin}: the system turn is neither context.system nor named by context.column")
+    if taken := sorted(set(found) & set(fields)):
+        problems.append(f"{origin}: the turns give the column {taken[0]!r}, which the row has already")
+    return origin, {**fields, column: turns, **found}
 
 
 def values(row: Row, section: DataSection) -> dict[str, str]:

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ctxdistill import losses
+from ctxdistill import losses, trackers
 from ctxdistill.errors import TrainError
 from ctxdistill.lm import LM
 from ctxdistill.prompts import join
@@ -193,12 +192,17 @@ def train(
 
     Raises: `TrainError` when the loss or a gradient is not finite, or no gradient reaches the adapter.
     """
-    accelerator = Accelerator(cpu=lm.device.type == "cpu")
+    accelerator = trackers.reporting(section, run, cpu=lm.device.type == "cpu")
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     parameters = lm.trainable()
     optimizer = torch.optim.AdamW(parameters.values(), lr=section.lr, weight_decay=section.weight_decay, fused=True)
     per_epoch = math.ceil(len(examples) / section.batch_size)
     steps = per_epoch * section.epochs
+
+    def log(line: dict[str, Any]) -> None:
+        run.append("metrics.jsonl", line)
+        trackers.report(accelerator, line)
+
     state = restore(run, parameters, optimizer)
     if main:
         drop_later_metrics(run, state.step)
@@ -206,7 +210,7 @@ def train(
     if section.gradient_checkpointing:
         lm.model.activation_checkpointing_enable()
     if state.step == 0 and validation:
-        validate(lm, validation, section, state, per_epoch, run if main else None, parameters)
+        validate(lm, validation, section, state, per_epoch, run if main else None, parameters, log)
 
     while state.step < steps and not state.stopped:
         started = time.perf_counter()
@@ -274,10 +278,10 @@ def train(
             }
             if kept:
                 line["retain"] = retain / section.retain_weight
-            run.append("metrics.jsonl", line)
+            log(line)
         progress(f"train (loss {total:.3f})", state.step, steps)
         if validation and state.step % per_epoch == 0:
-            validate(lm, validation, section, state, per_epoch, run if main else None, parameters)
+            validate(lm, validation, section, state, per_epoch, run if main else None, parameters, log)
         every, whole = section.checkpoint_every, section.round_steps or per_epoch
         due = state.step % every == 0 if every else False
         due = due or (section.on_policy > 0 and state.step % whole == 0)  # the student that writes the next round
@@ -285,6 +289,7 @@ def train(
             checkpoint(run, state, parameters, optimizer)
 
     accelerator.wait_for_everyone()
+    trackers.finish(accelerator)
     if validation:
         load_tensors(run / "checkpoints/best.safetensors", parameters)
     if section.gradient_checkpointing:  # the next one to be trained on this model may not want it
@@ -302,6 +307,7 @@ def validate(
     per_epoch: int,
     run: RunDir | None,
     parameters: dict[str, torch.nn.Parameter],
+    log: Callable[[dict[str, Any]], None],
 ) -> None:
     """Measure loss and KL on held-out queries, keep the adapter if it is the best so far, note when to stop.
 
@@ -330,7 +336,7 @@ def validate(
             "loss": loss,
             "best": best,
         }
-        run.append("metrics.jsonl", line)
+        log(line)
 
 
 def check_step(step: int, loss: float, norm: float, batch: Sequence[Example]) -> None:
