@@ -164,6 +164,7 @@ def test_killed_between_and_within_rounds_gives_the_same_bits(job: Path) -> None
     def go(folder: Path, moment: tuple[str, int] | None = None) -> bytes | None:
         raw = tiny.recipe_dict(job, train=TRAIN, lora={"rank": 4, "dropout": 0.1}, eval__latency_rows=0)
         raw["targets"]["batch_size"] = 2  # several batches in a round
+        raw["train"]["checkpoint_every"] = 1  # go on in the middle of a round
         met = 0
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -191,6 +192,12 @@ def test_killed_between_and_within_rounds_gives_the_same_bits(job: Path) -> None
     assert timeless[0] == timeless[1]
     assert [x["step"] for x in lines[0] if x["event"] == "round"] == [1, 4, 7]
     assert not (job / "straight/rounds/00001").exists() and (job / "straight/rounds/00003/index.json").exists()
+
+
+def test_the_student_that_writes_a_round_is_kept(job: Path) -> None:
+    raw = tiny.recipe_dict(job, train={**TRAIN, "checkpoint_every": 100}, eval__latency_rows=0)
+    pipeline.distill(Recipe.from_dict(raw, base_dir=job), job / "run")
+    assert [p.stem for p in sorted((job / "run/checkpoints").glob("step-*"))] == ["step-00000006", "step-00000008"]
 
 
 def test_a_round_of_another_run_is_refused(student: tuple[Ready, list[Example]], job: Path) -> None:

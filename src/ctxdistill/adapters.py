@@ -13,14 +13,19 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
-from ctxdistill.lm import LM
+from ctxdistill.errors import ModelError
+from ctxdistill.lm import LM, encoder_of
 
 
 def scale(lm: LM, value: float) -> None:
     """Multiply the update of the adapter that is on by `value` (at least 0).
 
     DoRA's update has a magnitude per output, too: it moves from the base weights' own (0) to the trained one (1) and on.
+
+    Raises: `ModelError` for a cartridge, which is no update.
     """
+    if value != 1 and encoder_of(lm.peft) is not None:
+        raise ModelError("a cartridge has no strength", expected="1", found=f"{value:g}", fix="leave the strength out")
     for layer, name in _layers(lm):
         layer.scaling[name] *= value
         if name in layer.lora_magnitude_vector:

@@ -17,7 +17,7 @@ from ctxdistill import generic, stats
 from ctxdistill.adapters import strength
 from ctxdistill.dataset import Data
 from ctxdistill.evaluate import Score, fidelity, kl_estimate, same, teacher_targets
-from ctxdistill.lm import LM, check_fit
+from ctxdistill.lm import LM, check_fit, encoder_of
 from ctxdistill.prompts import Pair, Prompter, join
 from ctxdistill.recipe import CompletionsSection, Recipe, TargetsSection
 from ctxdistill.rundir import Progress, no_progress
@@ -46,7 +46,7 @@ def behaviour(
         base = check.scores(pairs, targets)
     progress("behaviour", 1, 4)
     found["strengths"] = []
-    for value in b.strengths:
+    for value in b.strengths if encoder_of(lm.peft) is None else ():  # a cartridge has no strength
         with strength(lm, value):
             point = {"strength": value, "kl_closed": check.closed(check.scores(pairs, targets), base)}
             point["unrelated_kl"] = kl_estimate(check.scores(plain, theirs), **check.options) if plain else None

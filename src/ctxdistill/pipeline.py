@@ -32,8 +32,8 @@ from ctxdistill.behaviour import Check, base_targets, behaviour, unrelated
 from ctxdistill.compose import compose
 from ctxdistill.crosstalk import groups_of, matrix
 from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe
-from ctxdistill.errors import DataError, GateError, RunError
-from ctxdistill.lm import LM, check_fit
+from ctxdistill.errors import DataError, GateError, ModelError, RunError
+from ctxdistill.lm import LM, check_fit, common_prefix, encoder_of
 from ctxdistill.policy import Rounds
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
@@ -96,7 +96,7 @@ def distill(
             retained = keep_examples(recipe, lm, prompter, store)
         save_prompts(run, prompter, rows, [*examples, *validation])
 
-        lm.add_adapter(recipe.lora, recipe.train.seed)
+        lm.add_adapter(recipe.lora, recipe.train.seed, common_prefix([p.teacher for p in rows.pairs["train"]]))
         with timed(run, "train"):
             source = None
             if recipe.train.on_policy:
@@ -188,6 +188,8 @@ def load_student(run: str | Path, *, merge: bool = False, strength: float = 1.0)
     lm = LM.load(stored_recipe(folder).model, stored_recipe(folder).base_dir)
     lm.load_adapter(folder / "adapter")
     scale(lm, strength)
+    if merge and encoder_of(lm.peft) is not None:
+        raise ModelError("a cartridge cannot be merged into the weights", fix="load it without merge")
     return (lm.peft.merge_and_unload() if merge else lm.peft), lm.tokenizer
 
 
