@@ -104,6 +104,8 @@ def test_a_run_with_a_cartridge(job: Path) -> None:
     run = pipeline.distill(recipe, job / "run")
     assert run.evaluation["kl_closed"]["mean"] > 0.3
     assert run.evaluation["behaviour"]["strengths"] == [] and run.evaluation["behaviour"]["again"]["rows"] == 4
+    card = (run.adapter / "README.md").read_text()
+    assert "A trained key-value cache (cartridge) for" in card and "vllm serve" not in card and "24 tokens" in card
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     assert (config["peft_type"], config["num_virtual_tokens"]) == ("CARTRIDGE", 24)
     ids = torch.tensor([[0, 5, 6, 7, 8]])

@@ -41,6 +41,10 @@ from ctxdistill.rundir import RunDir, write_atomic
 
 __all__ = ["cells", "examples", "result_table", "verdict", "write_card", "write_report"]
 
+KINDS = {
+    "lora": "a LoRA adapter", "rslora": "a LoRA adapter (rsLoRA)", "dora": "a DoRA adapter",
+    "cartridge": "a trained key-value cache (cartridge)",
+}  # fmt: skip
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank takes
 
 
@@ -113,8 +117,11 @@ def _read(folder: RunDir) -> tuple[Data, Data]:
 def _common(recipe: Data, evaluation: Data) -> Data:
     """What page, text and card share."""
     constant = evaluation.get("constant")
+    method = recipe["recipe"]["lora"].get("method", "lora")
     return {
         "name": recipe["recipe"].get("name") or "unnamed",
+        "kind": KINDS[method],
+        "served": method in ("lora", "rslora"),
         "model": _filled(recipe["model"], "name", "revision", "weights_sha256", "tokenizer_sha256", "template_sha256"),
         "recipe": recipe["recipe"],
         "context": _filled(recipe.get("context"), "sha256", "tokens", "kinds", "preview"),
