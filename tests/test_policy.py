@@ -12,7 +12,7 @@ import torch
 import tiny
 from ctxdistill import pipeline, policy
 from ctxdistill.dataset import Data, prepare
-from ctxdistill.errors import RecipeError, RunError, TrainError
+from ctxdistill.errors import FitError, RecipeError, RunError, TrainError
 from ctxdistill.lm import LM
 from ctxdistill.pipeline import make_examples
 from ctxdistill.policy import Habits, Rounds, check, chosen, repeated, rounds, share
@@ -288,6 +288,13 @@ def test_a_run_reports_its_rounds(job: Path) -> None:
 def test_contradictions_are_refused(job: Path, values: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         Recipe.from_dict(tiny.recipe_dict(job, **values), base_dir=job)
+
+
+def test_what_the_student_may_write_must_fit(job: Path) -> None:
+    raw = tiny.recipe_dict(job, completions={"source": "data", "max_new_tokens": 480})
+    prepare(Recipe.from_dict(raw, base_dir=job))
+    with pytest.raises(FitError, match="train query and answer"):
+        prepare(Recipe.from_dict({**raw, "train": TRAIN}, base_dir=job))
 
 
 def test_completions_of_the_data_may_be_mixed_in(job: Path) -> None:

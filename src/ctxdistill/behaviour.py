@@ -33,6 +33,7 @@ def behaviour(
     found: dict[str, Any] = {"rows": 0, "unrelated": None, "strengths": None, "again": None, "other": None}
     check = Check(recipe, lm, prompter, store)
     plain = unrelated(prompter, generic.HELD_OUT[: b.unrelated])
+    plain = [pair for pair in plain if len(pair.teacher) + TOKENS <= lm.window]  # their number is reported
     theirs = check.base(plain, TOKENS) if plain else []
     if plain:
         progress("behaviour", 0, 4)
