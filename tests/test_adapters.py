@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctxdistill.adapters import scale, strength
+from ctxdistill.adapters import scale, strengthened
 from ctxdistill.lm import LM
 from ctxdistill.recipe import LoraSection, ModelSection
 
@@ -35,9 +35,9 @@ def test_strength_0_is_the_base_and_1_the_adapter_to_the_last_bit(student: LM) -
     trained = hidden(student)
     with student.adapter(False):
         base = hidden(student)
-    with strength(student, 0.0):
+    with strengthened(student.peft, 0.0):
         assert torch.equal(hidden(student), base)
-    with strength(student, 1.0):
+    with strengthened(student.peft, 1.0):
         assert torch.equal(hidden(student), trained)
     assert torch.equal(hidden(student), trained) and not torch.allclose(base, trained, atol=1e-3)
 
@@ -45,7 +45,7 @@ def test_strength_0_is_the_base_and_1_the_adapter_to_the_last_bit(student: LM) -
 @pytest.mark.parametrize("value", [0.25, 1.5])
 def test_strength_multiplies_the_update(student: LM, value: float) -> None:
     """Against weights with the scaled update added in."""
-    with strength(student, value):
+    with strengthened(student.peft, value):
         fast = hidden(student)
     with torch.no_grad():
         for module in student.model.modules():
@@ -58,9 +58,9 @@ def test_strength_multiplies_the_update(student: LM, value: float) -> None:
 
 def test_a_failure_inside_gives_the_strength_back(student: LM) -> None:
     trained = hidden(student)
-    with pytest.raises(KeyError), strength(student, 0.5):
+    with pytest.raises(KeyError), strengthened(student.peft, 0.5):
         raise KeyError
     assert torch.equal(hidden(student), trained)
-    scale(student, 0.5)
-    scale(student, 2.0)
+    scale(student.peft, 0.5)
+    scale(student.peft, 2.0)
     assert torch.equal(hidden(student), trained)

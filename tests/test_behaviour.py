@@ -117,6 +117,15 @@ def test_the_untrained_adapter_changes_nothing(job: Path) -> None:
     assert found["again"]["same"]["mean"] == 1.0 and found["again"]["alone"]["mean"] > 0.01
 
 
+def test_prompts_that_do_not_fit_are_not_counted(ready: Ready, tmp_path: Path) -> None:
+    recipe, lm, prompter, data = ready
+    longest = sorted(len(p.teacher) for p in unrelated(prompter, generic.HELD_OUT[:4]))
+    lm.info["window"] = longest[2] + 32
+    recipe = recipe.model_copy(update={"behaviour": recipe.behaviour.model_copy(update={"rows": 0})})
+    found = behaviour(recipe, lm, prompter, data, TargetStore(tmp_path / "t"))
+    assert found["unrelated"]["rows"] == 3 and longest[3] > longest[2]
+
+
 def test_an_answer_that_goes_on_is_another_answer(ready: Ready, tmp_path: Path) -> None:
     recipe, lm, prompter, _ = ready
     check = Check(recipe, lm, prompter, TargetStore(tmp_path / "t"))

@@ -21,8 +21,8 @@ from ctxdistill.errors import GateError
 from ctxdistill.recipe import Recipe
 
 COMMANDS = (
-    "demo", "init", "gate", "plan", "show", "distill", "evaluate", "try", "export", "check", "compare", "playground", "compose",
-    "study", "report",
+    "demo", "init", "gate", "plan", "show", "distill", "evaluate", "try", "export", "check", "compare", "playground",
+    "study", "compose", "report",
 )  # fmt: skip
 HOSTILE = "[red]x[/red] [/nope] \x1b[2J\x1b]0;owned\x07 \u202egnp\u202c \x9b31m {query} end"
 
@@ -90,7 +90,9 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.SimpleNam
             progress(f"train (loss {done})", done, 3)
         return types.SimpleNamespace(path=tmp_path / "run", evaluation=EVALUATION)
 
-    def pieces(run: Path, text: str, max_new_tokens: int | None = None) -> Iterator[tuple[str, str]]:
+    def pieces(
+        run: Path, text: str, max_new_tokens: int | None = None, strength: float = 1.0
+    ) -> Iterator[tuple[str, str]]:
         yield from [("zero_shot", "Sorry, "), ("zero_shot", HOSTILE), ("in_context", "yes")]
 
     stub = types.SimpleNamespace(

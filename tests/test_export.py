@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from ctxdistill import export as exports
 from ctxdistill import pipeline
+from ctxdistill.adapters import scale
 from ctxdistill.cli import main
 from ctxdistill.errors import ModelError, RecipeError, RunError
 from ctxdistill.lm import LM
@@ -45,7 +46,7 @@ def logits(model: Any) -> torch.Tensor:
 def student_of(run: Path, strength: float = 1.0) -> Any:
     lm = LM.load(ModelSection(name=str(run.parent / "model")))
     lm.load_adapter(run / "adapter")
-    exports.strengthen(lm.model, strength)
+    scale(lm.peft, strength)
     return lm.peft
 
 

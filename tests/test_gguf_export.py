@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 import tiny
 from ctxdistill import gguf_export
+from ctxdistill.adapters import scale
 from ctxdistill.errors import ModelError
-from ctxdistill.export import strengthen
 from ctxdistill.weights import quiet_peft
 
 WRITABLE = ["llama", "qwen2", "gemma2", "gemma3"]
@@ -88,7 +88,7 @@ def test_the_base_with_the_adapter_is_the_merged_model(tmp_path: Path, architect
     lora, meta = tensors(tmp_path / "lora.gguf"), values(tmp_path / "lora.gguf")
     assert (meta["general.type"], meta["adapter.type"]) == ("adapter", "lora")
     assert meta["general.architecture"] == values(tmp_path / "model.gguf")["general.architecture"]
-    strengthen(student, 0.5)
+    scale(student, 0.5)
     merged = student.merge_and_unload()
     arch = gguf_export.architecture_of(model.config)
     want = {name: tensor.detach().numpy() for name, tensor in gguf_export.model_tensors(arch, merged)}

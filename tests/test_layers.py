@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
 ORDER = """
 errors < losses, stats, generic < recipe < rows < tasks, formats < rundir < draws, arms < grid < weights, packing, fused,
-trackers < lm < adapters, prompts < targets < teachers, train < policy < evaluate < dataset < accounts, behaviour < crosstalk
+adapters, trackers < lm < prompts < targets < teachers, train < policy < evaluate < dataset < accounts, behaviour < crosstalk
 < compose, plan, session < retention < cells < results, plots < claims < analysis < report, gguf_export < export, runtimes <
 check < study_report, compare < pipeline < study, playground < display < cli < docs
 """

@@ -43,9 +43,24 @@ def test_the_prediction_is_made_of_the_speeds(job: Path) -> None:
             "gate": 2 * 2.0 + 8 * (2 * 0.5 + 0.25),
             "label": 2.0 + 16 * 2 * 0.5,
             "train": 2 * 13 * 2 * length * 0.003 + 3 * 3 * 2 * length * 0.001,
-            "evaluate": 8 * 0.25 + 3 * (2.0 + 3 * 0.125),
+            "evaluate": 8 * 0.25 + 3 * (2.0 + 3 * 0.125) + 2 * 16 * 0.25,
         }
     )
+    more = {
+        "on_policy": 0.5,
+        "on_policy_ramp": 0.4,
+        "retain_weight": 1.0,
+        "epochs": 2,
+        "batch_size": 4,
+        "validation": 0.2,
+    }
+    other = recipe(job, completions={"max_new_tokens": 6, "samples": 2, "temperature": 1.0}, train=more,
+                   behaviour={"rows": 4, "strengths": [0.5, 1.0]})  # fmt: skip
+    stages = predict(other, lm, rows, SPEEDS)["stages"]
+    own = 0.5 * 0.8 * 2 * 13 * 2 * (0.25 + 0.5 / 2)
+    kept = 0.25 * 2 * 13 * 2 * length * 0.003
+    assert stages["train"] == pytest.approx(found["stages"]["train"] + own + kept)
+    assert stages["evaluate"] == pytest.approx(found["stages"]["evaluate"] + 3 * 4 * 0.25 + 4 * 2 * length * 0.001)
     assert found["seconds"] == pytest.approx(sum(found["stages"].values()))
     assert found["cost"] == pytest.approx(found["seconds"] / 100)
     assert found["memory_mb"] == 77.0

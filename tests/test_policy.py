@@ -12,7 +12,7 @@ import torch
 import tiny
 from ctxdistill import pipeline, policy
 from ctxdistill.dataset import Data, prepare
-from ctxdistill.errors import RecipeError, RunError, TrainError
+from ctxdistill.errors import FitError, RecipeError, RunError, TrainError
 from ctxdistill.lm import LM
 from ctxdistill.pipeline import make_examples
 from ctxdistill.policy import Habits, Rounds, check, chosen, repeated, rounds, share
@@ -164,6 +164,7 @@ def test_killed_between_and_within_rounds_gives_the_same_bits(job: Path) -> None
     def go(folder: Path, moment: tuple[str, int] | None = None) -> bytes | None:
         raw = tiny.recipe_dict(job, train=TRAIN, lora={"rank": 4, "dropout": 0.1}, eval__latency_rows=0)
         raw["targets"]["batch_size"] = 2  # several batches in a round
+        raw["train"]["checkpoint_every"] = 1  # go on in the middle of a round
         met = 0
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -191,6 +192,12 @@ def test_killed_between_and_within_rounds_gives_the_same_bits(job: Path) -> None
     assert timeless[0] == timeless[1]
     assert [x["step"] for x in lines[0] if x["event"] == "round"] == [1, 4, 7]
     assert not (job / "straight/rounds/00001").exists() and (job / "straight/rounds/00003/index.json").exists()
+
+
+def test_the_student_that_writes_a_round_is_kept(job: Path) -> None:
+    raw = tiny.recipe_dict(job, train={**TRAIN, "checkpoint_every": 100}, eval__latency_rows=0)
+    pipeline.distill(Recipe.from_dict(raw, base_dir=job), job / "run")
+    assert [p.stem for p in sorted((job / "run/checkpoints").glob("step-*"))] == ["step-00000006", "step-00000008"]
 
 
 def test_a_round_of_another_run_is_refused(student: tuple[Ready, list[Example]], job: Path) -> None:
@@ -281,6 +288,13 @@ def test_a_run_reports_its_rounds(job: Path) -> None:
 def test_contradictions_are_refused(job: Path, values: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         Recipe.from_dict(tiny.recipe_dict(job, **values), base_dir=job)
+
+
+def test_what_the_student_may_write_must_fit(job: Path) -> None:
+    raw = tiny.recipe_dict(job, completions={"source": "data", "max_new_tokens": 480})
+    prepare(Recipe.from_dict(raw, base_dir=job))
+    with pytest.raises(FitError, match="train query and answer"):
+        prepare(Recipe.from_dict({**raw, "train": TRAIN}, base_dir=job))
 
 
 def test_completions_of_the_data_may_be_mixed_in(job: Path) -> None:

@@ -84,7 +84,7 @@ def test_unknown_key_suggests_the_nearest(tmp_path: Path, override: str, key: st
 
 
 def test_unknown_key_far_from_all_lists_them(tmp_path: Path) -> None:
-    assert "known: alpha, dropout, rank, targets" in fails(tmp_path, MINIMAL, "lora.zzz=1")
+    assert "known: alpha, dropout, method, rank, targets, tokens" in fails(tmp_path, MINIMAL, "lora.zzz=1")
 
 
 @pytest.mark.parametrize(

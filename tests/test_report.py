@@ -686,6 +686,10 @@ def test_examples_mark_what_is_partly_right_and_keep_the_order() -> None:
     found = report.examples(scores, evaluation, count=2)
     assert [example["query"] for example in found] == ["a", "b"]
     assert [arm["mark"]["text"] for arm in found[0]["arms"]] == ["✗ incorrect", "✓ correct", "partly right: 66.7 %"]
+    for score, valid in zip(scores, (0, 1, 1), strict=False):
+        score["metrics"]["format"] = valid
+    found = report.examples(scores, {**evaluation, "main_metric": "format"}, count=1)
+    assert [arm["mark"]["text"] for arm in found[0]["arms"]] == ["✗ not valid", "✓ valid", "✓ valid"]
     assert [
         token["level"]
         for token in report.examples([{**scores[0], "token_kl": [["x", 0.04], ["y", 0.05], ["z", 9]]}], evaluation)[0][

@@ -11,17 +11,28 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 
-from ctxdistill.lm import LM
+from ctxdistill.errors import ModelError
 
 
-def scale(lm: LM, value: float) -> None:
-    """Multiply the update of the adapter that is on by `value` (at least 0).
+def encoder_of(model: Any) -> Any:
+    """The part of peft's model that holds a cartridge, or None where the adapter is of another kind."""
+    encoders = getattr(model, "prompt_encoder", None) if isinstance(model, PeftModel) else None
+    return encoders[model.active_adapter] if encoders else None
+
+
+def scale(model: Any, value: float) -> None:
+    """Multiply the update of the adapter that is on by `value` (at least 0), for good.
 
     DoRA's update has a magnitude per output, too: it moves from the base weights' own (0) to the trained one (1) and on.
+
+    Raises: `ModelError` for a cartridge, which is no update.
     """
-    for layer, name in _layers(lm):
+    if value != 1 and encoder_of(model) is not None:
+        raise ModelError("a cartridge has no strength", expected="1", found=f"{value:g}", fix="leave the strength out")
+    for layer, name in _layers(model):
         layer.scaling[name] *= value
         if name in layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[name]
@@ -31,12 +42,12 @@ def scale(lm: LM, value: float) -> None:
 
 
 @contextlib.contextmanager
-def strength(lm: LM, value: float) -> Iterator[None]:
+def strengthened(model: Any, value: float) -> Iterator[None]:
     """Inside, the adapter has this strength (see `scale`)."""
     before = [
-        (layer, name, layer.scaling[name], _copy(layer.lora_magnitude_vector, name)) for layer, name in _layers(lm)
+        (layer, name, layer.scaling[name], _copy(layer.lora_magnitude_vector, name)) for layer, name in _layers(model)
     ]
-    scale(lm, value)
+    scale(model, value)
     try:
         yield
     finally:
@@ -47,9 +58,9 @@ def strength(lm: LM, value: float) -> Iterator[None]:
                     layer.lora_magnitude_vector[name].weight.copy_(magnitude)
 
 
-def _layers(lm: LM) -> Iterator[tuple[Any, str]]:
+def _layers(model: Any) -> Iterator[tuple[Any, str]]:
     """The adapted layers with the name of their active adapter."""
-    for module in lm.model.modules():
+    for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in module.active_adapters:
                 if name in module.scaling:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ctxdistill import generic, stats
-from ctxdistill.adapters import strength
+from ctxdistill.adapters import encoder_of
 from ctxdistill.dataset import Data
 from ctxdistill.evaluate import Score, fidelity, kl_estimate, same, teacher_targets
 from ctxdistill.lm import LM, check_fit
@@ -33,6 +33,7 @@ def behaviour(
     found: dict[str, Any] = {"rows": 0, "unrelated": None, "strengths": None, "again": None, "other": None}
     check = Check(recipe, lm, prompter, store)
     plain = unrelated(prompter, generic.HELD_OUT[: b.unrelated])
+    plain = [pair for pair in plain if len(pair.teacher) + TOKENS <= lm.window]  # their number is reported
     theirs = check.base(plain, TOKENS) if plain else []
     if plain:
         progress("behaviour", 0, 4)
@@ -46,8 +47,8 @@ def behaviour(
         base = check.scores(pairs, targets)
     progress("behaviour", 1, 4)
     found["strengths"] = []
-    for value in b.strengths:
-        with strength(lm, value):
+    for value in b.strengths if encoder_of(lm.peft) is None else ():  # a cartridge has no strength
+        with lm.adapter(True, value):
             point = {"strength": value, "kl_closed": check.closed(check.scores(pairs, targets), base)}
             point["unrelated_kl"] = kl_estimate(check.scores(plain, theirs), **check.options) if plain else None
         found["strengths"].append(point)

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
+from ctxdistill.adapters import scale
 from ctxdistill.dataset import stored_recipe
 from ctxdistill.errors import RunError
-from ctxdistill.export import MANIFEST, held_out, strengthen
+from ctxdistill.export import MANIFEST, held_out
 from ctxdistill.gguf_export import write_model
 from ctxdistill.lm import LM
 from ctxdistill.prompts import Prompter, join
@@ -89,7 +90,7 @@ def check(
     recipe = stored_recipe(run)
     lm = LM.load(recipe.model, recipe.base_dir)
     lm.load_adapter(run / "adapter")
-    strengthen(lm.model, manifest["strength"])
+    scale(lm.peft, manifest["strength"])
     prompter = Prompter(recipe, lm.tokenizer)
     split, section = held_out(recipe, prompter)
     chosen = split[:rows]

@@ -105,11 +105,11 @@ def check_same(folders: Sequence[RunDir], recipes: Sequence[Recipe]) -> None:
                 found=f"weights {sha[:16]}... in {folder.path}",
             )
     for folder, recipe in zip(folders, recipes, strict=True):
-        if recipe.lora.method == "dora":
+        if recipe.lora.method in ("dora", "cartridge"):
             raise ModelError(
                 f"the adapter of {folder.path} cannot be summed",
                 expected='lora.method = "lora" or "rslora"',
-                found='"dora", whose update is not linear in its parts',
+                found=f'"{recipe.lora.method}", which is not a sum of products of two factors',
             )
 
 

@@ -45,13 +45,14 @@ def prepare(recipe: Recipe, lm: LM | None = None) -> tuple[LM, Prompter, Data]:
     lm = lm or LM.load(recipe.model, recipe.base_dir)
     room = {"teacher": recipe.completions.max_new_tokens}
     room["label"] = max(map(len, prompter.labels.values()), default=0)
+    own = recipe.completions.max_new_tokens if recipe.train.on_policy else 0  # what the student may write
     evaluation.metrics_of(recipe, pairs["eval"])  # a metric that cannot be measured should not cost minutes first
     for split, found in pairs.items():
         evaluated = split == "eval"
         answers = [len(prompter.completion(p.answer)) if p.answer is not None else 0 for p in found]
         need = [
             max(len(p.teacher), len(p.student))
-            + (recipe.eval.max_new_tokens if evaluated else room.get(recipe.completions.source, n))
+            + (recipe.eval.max_new_tokens if evaluated else max(own, room.get(recipe.completions.source, n)))
             for p, n in zip(found, answers, strict=True)
         ]
         check_fit(

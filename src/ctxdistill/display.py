@@ -35,7 +35,16 @@ from rich.text import Text
 
 from ctxdistill.errors import CtxDistillError
 from ctxdistill.report import visible
-from ctxdistill.results import arm_label, cells, crosstalk_table, examples, finite, result_table, verdict
+from ctxdistill.results import (
+    arm_label,
+    behaviour_facts,
+    cells,
+    crosstalk_table,
+    examples,
+    finite,
+    result_table,
+    verdict,
+)
 
 SIDE_BY_SIDE = 120
 """Columns from which two prompts stand beside each other."""
@@ -220,14 +229,9 @@ def grid(out: Console, found: dict[str, Any]) -> None:
 def composed(out: Console, path: Path, found: Mapping[str, Any]) -> None:
     """The cross-talk matrix of a sum of adapters, what each of them does alone, the verdict."""
     shown = crosstalk_table(found) or {"columns": [], "rows": []}
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    alone = [f"alone: {name} %" for name in found["names"]]
-    for column in [*shown["columns"], *alone]:
-        table.add_column(plain(column), justify="left" if column == "rows of" else "right", overflow="fold")
-    for row in shown["rows"]:
-        others = [cells("kl_closed", found["alone"][row[0]][name]) for name in found["names"]]
-        table.add_row(*map(plain, [*row, *others]))
-    out.print(table)
+    columns = [*shown["columns"], *(f"alone: {name} %" for name in found["names"])]
+    alone = [[cells("kl_closed", found["alone"][i][j]) for j in found["names"]] for i in found["names"]]
+    out.print(_columns(columns, [[*row, *more] for row, more in zip(shown["rows"], alone, strict=True)]))
     out.print()
     verdict = "Good: each context is learnt, and they are kept apart."
     if not found["good"]:
@@ -247,6 +251,14 @@ def results(out: Console, path: Path, evaluation: Mapping[str, Any], scores: Seq
     if shown := examples(scores, evaluation, 5):
         out.print()
         _side_by_side(out, shown, evaluation["arms"])
+    if facts := behaviour_facts(evaluation):
+        out.print()
+        out.print(plain("elsewhere", "bold"))
+        for name, text in facts:
+            _item(out, f"{name}: {text}")
+    if matrix := crosstalk_table(evaluation.get("crosstalk")):
+        out.print()
+        out.print(_columns(matrix["columns"], matrix["rows"]))
     found = verdict(evaluation)
     out.print()
     out.print(plain(found["sentence"], "bold"))
@@ -285,6 +297,16 @@ def comparison(out: Console, found: Mapping[str, Any], page: Path) -> None:
     for note in found["notes"]:
         _item(out, note)
     out.print(plain(f"page: {page}"), soft_wrap=True)
+
+
+def _columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table of numbers; the first column names its rows."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(plain(column), justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(plain, row))
+    return table
 
 
 def _item(out: Console, text: str) -> None:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from ctxdistill import gguf_export, losses
+from ctxdistill.adapters import scale
 from ctxdistill.dataset import read_rows, stored_recipe
 from ctxdistill.errors import ModelError, RecipeError, RunError
 from ctxdistill.lm import LM
@@ -98,12 +98,15 @@ def peft(job: Job) -> list[str]:
     settings |= {"base_model_name_or_path": job.source, "revision": job.recipe.model.revision}
     write_atomic(job.out / "adapter_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     job.tokenizer.save_pretrained(job.out)
+    own = shlex.join(["transformers", "serve", str(job.final)])
+    if job.recipe.lora.method not in ("lora", "rslora"):
+        return [own]
     rank = next((size for size in VLLM_RANKS if size >= settings["r"]), settings["r"])
     revision = ["--revision", job.recipe.model.revision] if job.recipe.model.revision else []
     return [
         shlex.join(["vllm", "serve", job.source, *revision, "--enable-lora", "--lora-modules",
                     f"{job.name}={job.final}", "--max-lora-rank", str(rank)]),
-        shlex.join(["transformers", "serve", str(job.final)]),
+        own,
     ]  # fmt: skip
 
 
@@ -211,6 +214,7 @@ def export(
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         recipe = stored_recipe(folder)
+        _check_kind(recipe.lora.method, format, strength)
         job = Job(folder, recipe, folder.read_json("recipe.json"), beside, final, strength, progress)
         serve = FORMATS[format](job)
         found = describe(job, format)
@@ -226,6 +230,20 @@ def export(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return {"folder": str(final), **found, "serve": serve}
+
+
+def _check_kind(method: str, format: str, strength: float) -> None:
+    """Raise `ModelError` for kinds of adapters that the format cannot hold."""
+    if method == "cartridge" and format != "peft":
+        raise ModelError(
+            "a cartridge is a key-value cache and no change of the weights", expected="--format peft", found=format
+        )
+    if method in ("dora", "cartridge") and strength != 1 and format == "peft":
+        raise ModelError(
+            f'an adapter of lora.method = "{method}" has no factor that a strength could go into',
+            expected="--strength 1" + (", or --format merged" if method == "dora" else ""),
+            found=f"{strength:g}",
+        )
 
 
 def elsewhere(job: Job, command: str) -> str:
@@ -278,20 +296,13 @@ def stops(job: Job) -> list[str]:
 # -- merging ----------------------------------------------------------------------------------------------------------
 
 
-def strengthen(model: torch.nn.Module, strength: float) -> None:
-    """Multiply what the adapter adds."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.scale_layer(strength)
-
-
 def merge(job: Job, dtype: torch.dtype) -> Any:
     """The base with the adapter in its weights, computed in float32 and rounded to `dtype`, kept as float32; measures what
     this changed, per token of the student's own answers on held-out rows: `Job.drift`."""
     section = job.recipe.model.model_copy(update={"dtype": "float32"})
     lm = LM.load(section, job.recipe.base_dir)
     lm.load_adapter(job.run / "adapter")
-    strengthen(lm.model, job.strength)
+    scale(lm.peft, job.strength)
     pairs = held_out_pairs(job.recipe, job.prompter, ROWS)
     rows, before = [], []
     with torch.no_grad():

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.helpers import rescale_adapter_scale
+from peft import CartridgeConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.cartridge.utils import prompt_embeddings_from_past_key_values
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
+from ctxdistill.adapters import encoder_of, strengthened
 from ctxdistill.errors import FitError, ModelError, RunError
 from ctxdistill.fused import fuse
 from ctxdistill.packing import Behind, CannotPackError, Tree, pack, packed
@@ -122,6 +123,8 @@ class LM:
     """Whether the output head is trained, too; else it is shared by teacher and student, and frozen."""
     classes: torch.nn.Linear | None = None
     """A classification head in place of the vocabulary's, while there is one."""
+    base_only: bool = False
+    """Whether the adapter is off."""
     notes: list[str] = field(default_factory=list)
     """What the user should know, such as a fall-back that was taken."""
 
@@ -233,6 +236,8 @@ class LM:
     def prefix(self, sequences: Sequence[Sequence[int]]) -> Prefix | None:
         """The longest common prefix of `sequences`, forwarded once, or None where sharing it does not pay or is not
         possible: shorter than 16 tokens, or a cache that is not a plain key-value cache (sliding window, state space)."""
+        if self.cartridge():  # what is behind it changes with it
+            return None
         ids = common_prefix(sequences)
         if len(ids) < 16 or len(sequences) < 2:
             return None
@@ -283,6 +288,8 @@ class LM:
 
         Returns: one [T, d] tensor per row; entry t predicts completion token t.
         """
+        if own := self.cartridge():
+            rows, prefix = [((*own.ids, *ids), n) for ids, n in rows], own
         # a checkpointed layer is computed again in the backward pass, when the layout of the pack is gone
         pack_them = self.can_pack and not self.model.is_activation_checkpointing
         return (self._packed if pack_them else self._padded)(rows, prefix)
@@ -294,6 +301,8 @@ class LM:
         Returns: one [1 + len(tree), d] tensor per prompt.
         """
         if self.can_pack:
+            if own := self.cartridge():
+                prompts, prefix = [(*own.ids, *ids) for ids in prompts], own
             return self._packed([((*ids, PAD), 1) for ids in prompts], prefix, tree)
         paths: list[tuple[int, ...]] = []  # the tokens on the way to each token of the tree, itself included
         for token, parent in tree:
@@ -359,6 +368,8 @@ class LM:
         `on_token` is told each token of the first row as it comes.
         """
         ends = ends or (lambda ids: ids[-1] in self.stop_ids)
+        if own := self.cartridge():
+            prompts, prefix = [(*own.ids, *ids) for ids in prompts], own
         start = len(prefix.ids) if prefix else 0
         bodies = [list(ids[start:]) for ids in prompts]
         length = max(map(len, bodies))
@@ -426,8 +437,47 @@ class LM:
 
     # -- the adapter --------------------------------------------------------------------------------------------------
 
-    def add_adapter(self, lora: LoraSection, seed: int) -> None:
-        """Put a fresh LoRA adapter on the linear layers of the blocks: a no-op until it is trained (B = 0)."""
+    def cartridge(self) -> Prefix | None:
+        """The trained key-value cache that the student has in the place of the context, while it is on."""
+        encoder = None if self.peft is None or self.base_only else encoder_of(self.peft)
+        if encoder is None:
+            return None
+        config = self.model.config.get_text_config()
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        weight = encoder.weight.to(self.model.dtype)  # [C, layers 2 K D], as peft lays it out
+        each = weight.view(len(weight), config.num_hidden_layers, 2, -1, size).permute(1, 2, 3, 0, 4)  # [., 2, K, C, D]
+        return Prefix((PAD,) * len(weight), tuple((keys[None], values[None]) for keys, values in each))
+
+    def _add_cartridge(self, lora: LoraSection, seed: int, start: Sequence[int]) -> None:
+        if not self.can_pack:
+            raise ModelError(
+                f"a cartridge cannot be trained on {self.info['architecture']}",
+                expected="plain attention, whose rows can share a cache",
+                fix='use lora.method = "lora"',
+            )
+        if start and len(start) < lora.tokens:
+            raise ModelError(
+                "the context is shorter than the cartridge",
+                expected=f"at least lora.tokens = {lora.tokens} tokens that all of the teacher's prompts start with",
+                found=f"{len(start)}",
+                fix="lower lora.tokens; contexts of each row (context.column) have no common one",
+            )
+        torch.manual_seed(seed)
+        with quiet_peft():
+            config = CartridgeConfig(num_virtual_tokens=lora.tokens, task_type="CAUSAL_LM", num_frozen_tokens=1)
+            self.peft = get_peft_model(self.model, config)
+        if start:
+            with self.adapter(False):
+                read = self._read_prefix(start[: lora.tokens])
+            flat = prompt_embeddings_from_past_key_values(read.layers, num_virtual_tokens=lora.tokens)
+            encoder_of(self.peft).load_prompt_embeddings(flat)
+
+    def add_adapter(self, lora: LoraSection, seed: int, start: Sequence[int] = ()) -> None:
+        """Put a fresh adapter on. LoRA and its kin sit on the linear layers of the blocks: a no-op until they are trained
+        (B = 0). A cartridge begins as the key-value cache of the first tokens of `start`, and without one at random."""
+        if lora.method == "cartridge":
+            self._add_cartridge(lora, seed, start)
+            return
         inside, leaves = linear_layers(self.model)
         targets = sorted(leaves) if lora.targets == "all-linear" else list(lora.targets)
         conv = any(isinstance(self.model.get_submodule(name), Conv1D) for name in inside)
@@ -490,7 +540,7 @@ class LM:
     def remove_adapter(self) -> None:
         """Take the adapter off for good; the base model is as it was."""
         if self.peft is not None:
-            self.model = self.peft.unload()
+            self.model = self.model if encoder_of(self.peft) else self.peft.unload()
             self.peft = None
         self.training(False)
 
@@ -528,17 +578,22 @@ class LM:
             raise RuntimeError("there is no adapter")  # a bug, not the user's
         if not on and self.trains_head:
             raise RuntimeError("the base model is being trained")  # a bug, not the user's
-        with contextlib.ExitStack() as stack:
-            if self.peft is not None and not on:
-                stack.enter_context(self.peft.disable_adapter())
-            elif self.peft is not None and strength != 1:
-                stack.enter_context(rescale_adapter_scale(self.peft, strength))
-            yield
+        before, self.base_only = self.base_only, not on
+        how: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.peft is not None:
+            how = strengthened(self.peft, strength) if on else self.peft.disable_adapter()
+        try:
+            with how:
+                yield
+        finally:
+            self.base_only = before
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """What is trained (the adapter's tensors) by name, in a fixed order."""
         head = self.classes.named_parameters(prefix="classes") if self.classes is not None else ()
-        return {n: p for n, p in sorted([*self.model.named_parameters(), *head]) if p.requires_grad}
+        encoder = encoder_of(self.peft)
+        own = encoder.named_parameters(prefix="cartridge") if encoder is not None else ()
+        return {n: p for n, p in sorted([*self.model.named_parameters(), *head, *own]) if p.requires_grad}
 
 
 # -- finding and loading ----------------------------------------------------------------------------------------------

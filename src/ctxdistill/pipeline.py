@@ -25,13 +25,13 @@ from ctxdistill import generic, losses, trackers
 from ctxdistill import plan as planning
 from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
-from ctxdistill.adapters import scale
+from ctxdistill.adapters import encoder_of, scale
 from ctxdistill.behaviour import Check, base_targets, behaviour, unrelated
 from ctxdistill.compose import compose
 from ctxdistill.crosstalk import groups_of, matrix
 from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe
-from ctxdistill.errors import DataError, GateError, RunError
-from ctxdistill.lm import LM
+from ctxdistill.errors import DataError, GateError, ModelError, RunError
+from ctxdistill.lm import LM, common_prefix
 from ctxdistill.policy import Rounds
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
@@ -96,7 +96,7 @@ def distill(
             retained = keep_examples(recipe, lm, prompter, store)
         save_prompts(run, prompter, rows, [*examples, *validation])
 
-        lm.add_adapter(recipe.lora, recipe.train.seed)
+        lm.add_adapter(recipe.lora, recipe.train.seed, common_prefix([p.teacher for p in rows.pairs["train"]]))
         with timed(run, "train"):
             source = None
             if recipe.train.on_policy:
@@ -187,7 +187,9 @@ def load_student(run: str | Path, *, merge: bool = False, strength: float = 1.0)
     folder = RunDir.existing(run)
     lm = LM.load(stored_recipe(folder).model, stored_recipe(folder).base_dir)
     lm.load_adapter(folder / "adapter")
-    scale(lm, strength)
+    scale(lm.peft, strength)
+    if merge and encoder_of(lm.peft) is not None:
+        raise ModelError("a cartridge cannot be merged into the weights", fix="load it without merge")
     return (lm.peft.merge_and_unload() if merge else lm.peft), lm.tokenizer
 
 

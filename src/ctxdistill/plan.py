@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from ctxdistill.accounts import Peak
+from ctxdistill.behaviour import TOKENS
 from ctxdistill.dataset import Data
 from ctxdistill.evaluate import score_arm, teacher_targets
+from ctxdistill.generic import TRAINED
 from ctxdistill.lm import LM
 from ctxdistill.prompts import Pair, Prompter
-from ctxdistill.recipe import Recipe
+from ctxdistill.recipe import Recipe, TargetsSection
 from ctxdistill.targets import Target, TargetStore, label
 from ctxdistill.train import Example, batch_loss
 
@@ -134,21 +136,29 @@ def predict(recipe: Recipe, lm: LM, rows: Data, s: Speeds) -> dict[str, Any]:
     prompt = sum(len(p.student) for p in rows.pairs["train"]) / train
     length = prompt + s.answer_tokens - 1
     c = recipe.train
+    b, rows_per_step = recipe.behaviour, 1.25 if c.retain_weight else 1.0
+    elsewhere = (2 * b.unrelated + 3 * min(b.rows, evaluated)) * s.student  # written by base model and student
+    elsewhere += min(b.rows, evaluated) * len(b.strengths) * length * s.forward
     stages = {
         "gate": 2 * s.context + evaluated * (2 * s.answer + s.student),
         "label": s.context + (train + validation) * samples * s.answer,
-        "train": c.epochs * train * samples * length * s.train
+        "train": c.epochs * train * samples * length * s.train * rows_per_step
         + (c.epochs + 1) * validation * samples * length * s.forward
-        # the student writes (as an evaluated arm does), the teacher judges
+        # the student writes, as an evaluated arm does, and the teacher judges
         + c.on_policy * (1 - c.on_policy_ramp / 2) * c.epochs * train * samples * (s.student + s.answer / 2),
         "evaluate": evaluated * s.student * (s.train / (3 * s.forward) if s.forward else 1.0)
-        + per_request * (s.context + ARMS_TIMED * s.request),
+        + per_request * (s.context + ARMS_TIMED * s.request)
+        + elsewhere,
     }
     seconds = sum(stages.values())
     adapter = adapter_bytes(recipe, lm)
     supervised = (train + validation) * samples * s.answer_tokens + evaluated * s.answer_tokens
+    supervised += (len(TRAINED) if c.retain_weight else 0) * TOKENS
+    per_round = min(c.round_steps * c.batch_size or train * samples, c.epochs * train * samples)
+    supervised += 2 * c.on_policy * per_round * s.answer_tokens  # two rounds are kept
     checkpoints = min(2, c.epochs * train * samples // (c.batch_size * c.checkpoint_every)) if c.checkpoint_every else 0
-    disk = supervised * target_bytes(recipe, lm) + adapter * (2 + 3 * checkpoints)
+    disk = supervised * target_bytes(recipe.targets, lm) + b.unrelated * TOKENS * target_bytes(TargetsSection(), lm)
+    disk += adapter * (2 + 3 * checkpoints)
     hourly = recipe.cost.machine_hour
     return {
         "seconds": seconds,
@@ -169,10 +179,9 @@ def adapter_bytes(recipe: Recipe, lm: LM) -> int:
         lm.remove_adapter()
 
 
-def target_bytes(recipe: Recipe, lm: LM) -> int:
+def target_bytes(section: TargetsSection, lm: LM) -> int:
     """Bytes of a supervised token's target on disk, its id included."""
     head: torch.Tensor = lm.model.get_output_embeddings().weight  # [V, d]
-    kind = recipe.targets.kind
-    if kind == "topk":
-        return 8 * min(recipe.targets.k, head.shape[0] - 1) + 4
-    return (4 * head.shape[0] if kind == "full" else head.element_size() * head.shape[1]) + 4
+    if section.kind == "topk":
+        return 8 * min(section.k, head.shape[0] - 1) + 4
+    return (4 * head.shape[0] if section.kind == "full" else head.element_size() * head.shape[1]) + 4

