@@ -12,9 +12,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
 ORDER = """
-errors < losses, stats < recipe < rows < tasks < rundir < draws, arms < grid < weights, packing, fused < lm < prompts <
-targets < teachers, train < evaluate < dataset < accounts < plan < retention < cells < results, plots < claims < analysis <
-report, export < study_report < pipeline < study < display < cli < docs
+errors < losses, stats, similar, chunks < recipe < rows < tasks < rundir, endpoint < draws, arms < grid < weights,
+packing, fused < lm < prompts < synthesis < targets < teachers, train < evaluate < dataset < accounts < plan <
+retention < cells < results, plots < claims < analysis < report, export < study_report < pipeline <
+study < display < cli < docs
 """
 FREE = {"__init__", "__main__"}
 """The package's face: may import everything."""

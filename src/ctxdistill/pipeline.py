@@ -23,12 +23,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ctxdistill import evaluate as evaluation
-from ctxdistill import losses
+from ctxdistill import losses, synthesis
 from ctxdistill import plan as planning
 from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
-from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe
-from ctxdistill.errors import DataError, GateError, RunError
+from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe, synthesize
+from ctxdistill.errors import DataError, GateError, RecipeError, RunError
 from ctxdistill.lm import LM, check_fit
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
@@ -68,7 +68,7 @@ def distill(
             fix="start it without torchrun or accelerate launch",
         )
     run = RunDir(out or Path("runs") / (recipe.name or "run"))
-    lm, prompter, rows = prepare(recipe)
+    lm, prompter, rows = prepare(recipe, run.path, progress)
     manifest = describe(recipe, lm, prompter, rows)
     run.claim(manifest["fingerprint"], resume=resume)
     try:
@@ -113,9 +113,31 @@ def distill(
 
 def gate(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
     """Is there anything to teach? Measures the zero-shot and in-context arms; trains nothing, keeps nothing."""
-    lm, prompter, rows = prepare(recipe)
+    lm, prompter, rows = prepare(recipe, None, progress or no_progress)
     verdict = run_gate(recipe, lm, prompter, rows, None, None, progress or no_progress)
     return verdict | {"estimate": planning.predict(recipe, lm, rows, planning.measure(recipe, lm, prompter, rows))}
+
+
+def queries(
+    recipe: Recipe, out: str | Path | None = None, *, force: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Let the model write the queries that `queries.synthesize` asks for; returns the summary that is beside the file.
+
+    Args:
+        out: the file; unset: where `distill` looks for it.
+        force: replace a file that is there.
+
+    Raises: `RecipeError` when the recipe wants none, `RunError` when the file is there.
+    """
+    if not recipe.queries.synthesize:
+        raise RecipeError(
+            "the recipe wants no queries written", expected="how many", fix="queries.synthesize=200, for example"
+        )
+    file = Path(out) if out else synthesis.queries_file(recipe)
+    synthesis.refuse_overwrite(file, force)
+    prompter = Prompter(recipe, load_tokenizer(recipe.model, recipe.base_dir))
+    lm = None if recipe.synthesis.endpoint else LM.load(recipe.model, recipe.base_dir)
+    return synthesize(recipe, prompter, lm, file, progress or no_progress)
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -131,7 +153,7 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
     folder = RunDir.existing(run)
     old = folder.read_json("evaluation.json")
     recipe = stored_recipe(folder)
-    lm, prompter, rows = prepare(recipe)
+    lm, prompter, rows = prepare(recipe, folder.path)
     # the same model, context and rows as then, or the tables would mix two things
     folder.claim(describe(recipe, lm, prompter, rows)["fingerprint"], resume=True)
     try:
@@ -336,4 +358,16 @@ def stream(lm: LM, prompter: Prompter, prompt: Sequence[int], limit: int) -> Ite
         writer.join()
 
 
-__all__ = ["Run", "demo", "distill", "evaluate", "gate", "load_student", "plan", "report", "show", "try_text"]
+__all__ = [
+    "Run",
+    "demo",
+    "distill",
+    "evaluate",
+    "gate",
+    "load_student",
+    "plan",
+    "queries",
+    "report",
+    "show",
+    "try_text",
+]

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ctxdistill import rows as data
+from ctxdistill.chunks import Chunk, Count, nearest_chunk, split_document
 from ctxdistill.errors import DataError, ModelError, RecipeError
 from ctxdistill.recipe import DataSection, Recipe, fields_of
 from ctxdistill.rows import Row
@@ -53,24 +54,47 @@ class Context:
     """What the teacher sees and the student does not, as read from the files that the recipe names."""
 
     system: str | None
+    """The system text, documents included unless they are in chunks."""
     messages: tuple[Message, ...]
     demos: tuple[Row, ...]
+    chunks: tuple[Chunk, ...] = ()
+    """The documents in chunks, of which each row sees its own."""
+    documents: Mapping[str, str] = field(default_factory=dict)
+    """Name -> text."""
 
     @classmethod
-    def read(cls, recipe: Recipe) -> Context:
-        """Raises `DataError` or `RecipeError` when a part cannot be read."""
+    def read(cls, recipe: Recipe, count: Count) -> Context:
+        """Raises `DataError` or `RecipeError` when a part cannot be read; `count` tells the number of tokens of a text."""
         c = recipe.context
         parts = [c.system] if c.system is not None else []
         if c.system_file:
             parts.append(data.read_text(c.system_file, recipe, "context.system_file").strip())
-        documents = {name: data.read_text(name, recipe, "context.documents").strip() for name in c.documents}
-        parts += [f"# {recipe.path(name).name}\n\n{text}" for name, text in documents.items()]
+        base = [recipe.path(name).name for name in c.documents]
+        documents = {
+            own if base.count(own) == 1 else name: data.read_text(name, recipe, "context.documents").strip()
+            for own, name in zip(base, c.documents, strict=True)
+        }
+        chunks: list[Chunk] = []
+        if c.chunk_tokens:
+            for name, text in documents.items():
+                chunks += split_document(text, name, c.chunk_tokens, c.chunk_overlap, count)
+        else:
+            parts += [_headed(name, text) for name, text in documents.items()]
         messages = data.read_messages(c.messages, recipe, "context.messages") if c.messages else []
         demos: Sequence[Row] = ()
         if c.demos:
             section = recipe.queries.model_copy(update={"data": c.demos, "limit": c.demos_limit, "messages": None})
             demos = data.read(section, recipe, "context.demos", answers="required").rows
-        return cls("\n\n".join(parts) if parts else None, tuple(messages), tuple(demos))
+        system = "\n\n".join(parts) if parts else None
+        return cls(system, tuple(messages), tuple(demos), tuple(chunks), documents)
+
+    def with_chunk(self, chunk: Chunk) -> str:
+        """The system text of a row that sees this chunk."""
+        return "\n\n".join([*([self.system] if self.system else []), _headed(chunk.title, chunk.text)])
+
+
+def _headed(title: str, text: str) -> str:
+    return f"# {title}\n\n{text}"
 
 
 class Prompter:
@@ -82,7 +106,7 @@ class Prompter:
 
     def __init__(self, recipe: Recipe, tokenizer: Any, context: Context | None = None) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
-        self.context = Context.read(recipe) if context is None else context
+        self.context = Context.read(recipe, self.count) if context is None else context
         if recipe.prompt.style == "chat" and not tokenizer.chat_template:
             raise ModelError(
                 f"the tokenizer of {recipe.model.name} has no chat template",
@@ -94,6 +118,10 @@ class Prompter:
         self._check_labels()
 
     # -- words to ids -------------------------------------------------------------------------------------------------
+
+    def count(self, text: str) -> int:
+        """Number of tokens of `text` alone."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a piece of text, nothing added.
@@ -218,7 +246,36 @@ class Prompter:
         if self.recipe.context.column or self.recipe.context.teacher_prompt:
             raise RecipeError("each row of this recipe has a context of its own; a new text has none")
         section = self.recipe.queries.model_copy(update={"messages": None, "prompt": "prompt"})
-        return self.pair(Row(id="typed", fields={"prompt": text}, origin="typed"), section)
+        fields = {"prompt": text}
+        if self.context.chunks:  # nobody said which
+            fields[self.recipe.context.chunk_column] = nearest_chunk(text, self.context.chunks).name
+        return self.pair(Row(id="typed", fields=fields, origin="typed"), section)
+
+    def chunk_of(self, row: Row, section: DataSection) -> Chunk | None:
+        """The chunk that the teacher reads with this row; None where documents are not in chunks.
+
+        Raises: `DataError` when the row names none, or one that does not exist.
+        """
+        c, chunks = self.recipe.context, {chunk.name: chunk for chunk in self.context.chunks}
+        if not chunks:
+            return None
+        name = row.fields.get(c.chunk_column)
+        if name is None and c.chunk_bind == "words":
+            return nearest_chunk(self.query_text(row, section), self.context.chunks)
+        if name not in chunks:
+            shown = list(chunks)[:6]
+            raise DataError(
+                f"{row.origin}: the documents are in chunks, and the query names none of them",
+                expected=f"{c.chunk_column!r} with one of {', '.join(shown)}{', ...' if len(chunks) > len(shown) else ''}",
+                found=repr(name)[:80] if name is not None else "no such column",
+                fix='name the chunk, or let the words decide: context.chunk_bind = "words"',
+            )
+        return chunks[name]
+
+    def _system(self, row: Row, section: DataSection) -> str | None:
+        """The teacher's system text for a row, without the row's own."""
+        chunk = self.chunk_of(row, section)
+        return self.context.system if chunk is None else self.context.with_chunk(chunk)
 
     def _messages(self, row: Row, column: str) -> list[Message]:
         value = row.fields.get(column)
@@ -252,7 +309,7 @@ class Prompter:
             )
         return messages
 
-    def _demo_messages(self, demos: Sequence[Row]) -> list[Message]:
+    def demo_messages(self, demos: Sequence[Row]) -> list[Message]:
         """Demonstrations as turns."""
         return [
             message
@@ -270,7 +327,7 @@ class Prompter:
         if teacher and c.teacher_prompt:
             return [], self._asks(row, self._messages(row, c.teacher_prompt))
         own: list[Message] = []
-        system = self.context.system if teacher else c.student_system
+        system = self._system(row, section) if teacher else c.student_system
         if teacher and c.column:
             value = row.fields.get(c.column)
             if isinstance(value, str):
@@ -278,9 +335,9 @@ class Prompter:
             else:
                 own = self._messages(row, c.column)
         if teacher:
-            before = [*self.context.messages, *self._demo_messages(self.context.demos), *own]
+            before = [*self.context.messages, *self.demo_messages(self.context.demos), *own]
         else:
-            before = self._demo_messages(self.kept_demos)
+            before = self.demo_messages(self.kept_demos)
         head = [{"role": "system", "content": system}] if system is not None else []
         loose = [m for m in [*before, *query] if m["role"] == "system"]
         if len(head) + len(loose) > 1:
@@ -302,7 +359,7 @@ class Prompter:
         demos: Sequence[Row] = ()
         if teacher:
             own = [self._plain(row, c.column)] if c.column else []
-            parts = [part for part in (self.context.system, *own, p.instruction) if part]
+            parts = [part for part in (self._system(row, section), *own, p.instruction) if part]
             demos = self.context.demos
         else:
             parts = [p.student_instruction] if p.student_instruction else []
@@ -401,9 +458,9 @@ class Prompter:
     def check_no_leak(self, row: Row, section: DataSection) -> None:
         """Raise `DataError` if the student's prompt holds a piece of the context that the recipe does not let it keep."""
         c = self.recipe.context
-        keep = {str(m["content"]) for m in self._demo_messages(self.kept_demos)}
-        pieces = [str(m["content"]) for m in (*self.context.messages, *self._demo_messages(self.context.demos))]
-        pieces += [self.context.system or "", self.recipe.prompt.instruction]
+        keep = {str(m["content"]) for m in self.demo_messages(self.kept_demos)}
+        pieces = [str(m["content"]) for m in (*self.context.messages, *self.demo_messages(self.context.demos))]
+        pieces += [self.context.system or "", self.recipe.prompt.instruction, *(k.text for k in self.context.chunks)]
         own = row.fields.get(c.column) if c.column else None
         pieces += [own] if isinstance(own, str) else []
         prompt = "".join(text for text, _ in self.parts(row, section, teacher=False))
@@ -452,4 +509,5 @@ class Prompter:
     def fingerprint(self) -> str:
         """Hash of the context."""
         c = self.context
-        return fingerprint([c.system, c.messages, [r.fields for r in c.demos], self.recipe.prompt.instruction])
+        chunks = [[[k.name, k.text] for k in c.chunks]] if c.chunks else []
+        return fingerprint([c.system, c.messages, [r.fields for r in c.demos], self.recipe.prompt.instruction, *chunks])

@@ -7,6 +7,7 @@ once, at its attribute, and its docstring is the reference documentation (`docs/
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -75,6 +76,60 @@ class DataSection(Section):
     """What to do with rows whose query already occurred. `drop` keeps the first and reports how many were dropped."""
 
 
+class QueriesSection(DataSection):
+    """What the student is asked in training. Rows that you give (`data`), rows that the model writes from the context
+    (`synthesize`), or both. Columns are named, never guessed."""
+
+    synthesize: NotNegative = 0
+    """Let the model write so many queries from the context alone; `[synthesis]` says how. They are in a file that you can
+    read and change before training (`ctxdistill queries`)."""
+
+
+SeedKind = Literal["question", "summarise", "use", "structure", "contradict", "creative", "request"]
+
+
+class SynthesisSection(Section):
+    """How queries are written from the context (`queries.synthesize`): each from one chunk of it, about one of its
+    sentences, by one kind of seed prompt. No rows with a context of their own (`context.column`)."""
+
+    kinds: list[SeedKind] = []
+    """Kinds of seed prompt, in turn (one named twice gets twice as many): `question` on a passage, `summarise`, `use` it in
+    a task, `structure` it (list, table), `contradict` it, `creative`; `request` is what a user of the described assistant
+    would send. Empty: the first six where there are documents, else `request`, `question`, `use`, `contradict` and
+    `creative`."""
+    chunk_tokens: Annotated[int, Field(ge=32)] = 256
+    """Longest chunk that a query is written from, where `context.chunk_tokens` does not split the documents anyway."""
+    per_chunk: NotNegative = 0
+    """Most queries from one chunk; 0: as many as its share of the text."""
+    attempts: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 4.0
+    """Most candidates per wanted query. A chunk that has no more to give ends with fewer queries, which is said."""
+    similarity: AboveZero = 0.7
+    """A candidate is dropped when its word 3-grams are this similar (shared / all) to those of another query,
+    demonstration or held-out row; above 1 drops equal ones only."""
+    temperature: AtLeastZero = 0.7
+    """Sampling temperature of the writer. Small models need a low one."""
+    max_new_tokens: Positive = 64
+    """Longest candidate."""
+    seed: int = 0
+    """Seed of the sentences chosen and of sampling."""
+    held_out: Literal["query", "chunk"] = "query"
+    """What is split into training, validation and, without `eval.data`, evaluation: `query`, so that all chunks are
+    taught, or `chunk`, so that all queries of a chunk are on one side."""
+    file: str | None = None
+    """Where the queries are. Unset: `queries.jsonl` in the run folder. A file that is there is used as it is."""
+    endpoint: str | None = None
+    """Base URL of an OpenAI-compatible server (vLLM, for example) that writes instead of the local model, such as
+    `http://localhost:8000/v1`."""
+    endpoint_model: str | None = None
+    """The model's name there."""
+    key_variable: str | None = None
+    """Name of the environment variable that holds the server's API key. The key itself never goes into a recipe."""
+    retries: NotNegative = 5
+    """How often a request is tried again, after 1, 2, 4, ... seconds or what the server says."""
+    timeout: AboveZero = 120.0
+    """Seconds to wait for an answer."""
+
+
 class ContextSection(Section):
     """What the teacher sees and the student does not. Several kinds may be combined; their order in the prompt is:
     system, documents (appended to the system text), messages, demonstrations, query."""
@@ -85,6 +140,16 @@ class ContextSection(Section):
     """System prompt, as a text file."""
     documents: list[str] = []
     """Text files that are put into the system prompt after the system text, each under its file name."""
+    chunk_tokens: NotNegative = 0
+    """Split the documents into chunks of at most so many tokens, by paragraphs, then sentences: for each query the teacher
+    reads the one chunk that the query is about, and the student learns from all. 0: the teacher reads all documents whole."""
+    chunk_overlap: NotNegative = 32
+    """Tokens that a chunk may repeat of the end of the one before."""
+    chunk_column: str = "chunk"
+    """The column that names a query's chunk, such as `handbook.md:2`. Written queries have it."""
+    chunk_bind: Literal["column", "words"] = "column"
+    """A query without that column is an error (`column`), or belongs to the chunk with which it shares most words, rare
+    ones counting more (`words`)."""
     messages: str | None = None
     """A JSON or JSONL file with a message history (`role`, `content`)."""
     demos: str | None = None
@@ -269,7 +334,8 @@ class Recipe(Section):
     model: ModelSection
     context: ContextSection = ContextSection()
     prompt: PromptSection = PromptSection()
-    queries: DataSection
+    queries: QueriesSection
+    synthesis: SynthesisSection = SynthesisSection()
     completions: CompletionsSection = CompletionsSection()
     targets: TargetsSection = TargetsSection()
     lora: LoraSection = LoraSection()
@@ -318,7 +384,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         """Contradictions between sections; all of them are collected and reported in one message."""
-        problems = [*self._context(), *self._prompt(), *self._training(), *self._evaluation()]
+        problems = [*self._context(), *self._prompt(), *self._written(), *self._training(), *self._evaluation()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -346,6 +412,40 @@ class Recipe(Section):
             problems.append(
                 f"context.student_demos = {c.student_demos} is more than context.demos_limit = {c.demos_limit}"
             )
+        if c.chunk_tokens and not c.documents:
+            problems.append("context.chunk_tokens splits context.documents, and there are none")
+        if c.chunk_tokens and c.chunk_tokens < 32:
+            problems.append(f"context.chunk_tokens: expected 0 or at least 32, found {c.chunk_tokens}")
+        if c.chunk_tokens and 2 * c.chunk_overlap > c.chunk_tokens:
+            problems.append(
+                f"context.chunk_overlap: expected at most half of context.chunk_tokens = {c.chunk_tokens}, found {c.chunk_overlap}"
+            )
+        return problems
+
+    def _written(self) -> list[str]:
+        q, s, problems = self.queries, self.synthesis, list[str]()
+        if not q.synthesize:
+            changed = [key for key in type(s).model_fields if getattr(s, key) != getattr(SynthesisSection(), key)]
+            return [f"synthesis.{key} has no effect without queries.synthesize" for key in changed[:1]]
+        own = [f"context.{key}" for key in ("column", "teacher_prompt") if getattr(self.context, key)]
+        other = [*own, *(["queries.messages"] if q.messages else [])]
+        if self.completions.source == "data":
+            other.append('completions.source = "data"')
+        with contextlib.suppress(ValueError):  # a broken pattern is another problem
+            if not fields_of(self.prompt.pattern) <= {"prompt", q.prompt}:
+                other.append(f"prompt.pattern = {self.prompt.pattern!r}")
+        if other:
+            problems.append(
+                f"queries.synthesize writes one text per row and no answer, so it excludes {', '.join(other)}"
+            )
+        if bool(s.endpoint) != bool(s.endpoint_model):
+            problems.append("synthesis.endpoint and synthesis.endpoint_model belong together; one is missing")
+        if s.endpoint and not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s?#]*)?", s.endpoint):
+            problems.append(
+                f"synthesis.endpoint: expected http(s)://host/path without user name and query, found {s.endpoint!r}"
+            )
+        if s.key_variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", s.key_variable):
+            problems.append("synthesis.key_variable: expected the name of an environment variable, not a key")
         return problems
 
     def _prompt(self) -> list[str]:
@@ -390,8 +490,8 @@ class Recipe(Section):
 
     def _training(self) -> list[str]:
         p, problems = self.prompt, list[str]()
-        if self.queries.data is None:
-            problems.append("queries.data: missing; expected a data file or hub:owner/name")
+        if self.queries.data is None and not self.queries.synthesize:
+            problems.append("queries.data: missing; expected a data file or hub:owner/name (or queries.synthesize)")
         if self.completions.source == "label" and not p.label_words:
             problems.append('completions.source = "label" needs prompt.label_words')
         if self.completions.samples > 1 and self.completions.temperature == 0:
