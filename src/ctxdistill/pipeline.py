@@ -23,7 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ctxdistill import evaluate as evaluation
-from ctxdistill import losses, synthesis
+from ctxdistill import groups, losses, synthesis
 from ctxdistill import plan as planning
 from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
@@ -97,6 +97,7 @@ def distill(
 
         with timed(run, "evaluate"):
             result = measure(recipe, lm, prompter, rows, store, run, ["distilled"], progress)
+        result["parts"] = groups.tables(prompter, rows, scores_of(run), examples)
         result |= {"gate": verdict, "training": summary(recipe, lm, prompter, run, state, examples)}
         seconds, tokens = spent(recipe, lm, run, examples, result)
         result |= {
@@ -161,6 +162,8 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
         store = TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else folder / "targets")
         result = measure(recipe, lm, prompter, rows, store, folder, list(evaluation.ARMS), progress or no_progress)
         result |= {key: old[key] for key in ("gate", "training", "notes")}
+        made = make_examples(recipe, lm, prompter, rows.pairs["train"], store, no_progress)  # from the store
+        result["parts"] = groups.tables(prompter, rows, scores_of(folder), made)
         result["cost"] = cost(recipe, result["table"], old["cost"]["seconds"], old["cost"]["training_tokens"])
         folder.write_json("evaluation.json", result)
         reports.write_card(folder.path)
@@ -245,7 +248,7 @@ def run_gate(
     pairs = rows.pairs["eval"]
     if run and (run / "gate.json").exists():
         # measured before; judged again, since the recipe may now ask for less
-        known = {arm: [s for s in run.read_jsonl("scores.jsonl") if s["arm"] == arm] for arm in evaluation.ARMS[:2]}
+        known = scores_of(run, evaluation.ARMS[:2])
         if all(len(scores) == len(pairs) for scores in known.values()):
             verdict = evaluation.gate_verdict(known, pairs, lm, recipe)
             run.write_json("gate.json", verdict)
@@ -290,7 +293,7 @@ def measure(
     """Score `arms`, keep the stored scores of the others, time all of them side by side, make the tables."""
     pairs = rows.pairs["eval"]
     targets = evaluation.teacher_targets(lm, prompter, pairs, recipe, store, progress)
-    scores = {arm: [s for s in run.read_jsonl("scores.jsonl") if s["arm"] == arm] for arm in evaluation.ARMS}
+    scores = scores_of(run, evaluation.ARMS)
     for arm in arms:
         scores[arm] = evaluation.score_arm(arm, lm, prompter, pairs, targets, recipe, progress=progress)
     run.write_jsonl("scores.jsonl", [score for arm in scores.values() for score in arm])
@@ -298,6 +301,12 @@ def measure(
     if recipe.eval.latency_rows:
         latencies = {arm: evaluation.latency(arm, lm, prompter, pairs, recipe, progress) for arm in evaluation.ARMS}
     return evaluation.tables({k: v for k, v in scores.items() if v}, latencies, recipe.eval, recipe.train.seed)
+
+
+def scores_of(run: RunDir, arms: Sequence[str] = evaluation.ARMS) -> dict[str, list[evaluation.Score]]:
+    """The stored scores of each of `arms`, maybe none."""
+    scores = run.read_jsonl("scores.jsonl")
+    return {arm: [s for s in scores if s["arm"] == arm] for arm in arms}
 
 
 def save_prompts(run: RunDir, prompter: Prompter, rows: Data, examples: Sequence[Example], most: int = 200) -> None:

@@ -98,7 +98,8 @@ class SynthesisSection(Section):
     would send. Empty: the first six where there are documents, else `request`, `question`, `use`, `contradict` and
     `creative`."""
     chunk_tokens: Annotated[int, Field(ge=32)] = 256
-    """Longest chunk that a query is written from, where `context.chunk_tokens` does not split the documents anyway."""
+    """Longest piece of the context that a query is written from. Shorter than what the teacher reads: more even cover,
+    and small models lose less of it."""
     per_chunk: NotNegative = 0
     """Most queries from one chunk; 0: as many as its share of the text."""
     attempts: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 4.0
@@ -292,8 +293,12 @@ class EvalSection(DataSection):
     share: Fraction = 0.15
     """Without `data`: share of the queries that is held out."""
     metrics: list[str] = []
-    """Any of `exact_match`, `format`, `field_accuracy`, `label_accuracy`, `macro_f1`, or your own `module:function`
-    that takes (prediction, answer, row) and returns a number. Empty: all built-in ones that the data allows."""
+    """Any of `exact_match`, `format`, `field_accuracy`, `label_accuracy`, `macro_f1`; `squad_exact` and `squad_f1`, which
+    compare words without case, punctuation and articles, with the best of a row's `answers` (a list) if it has several; or
+    your own `module:function` that takes (prediction, answer, row) and returns a number. Empty: all of the first five that
+    the data allows."""
+    group: str | None = None
+    """A column of the held-out rows by whose values the results are shown, too."""
     format: str | None = None
     """A regular expression that a well-formed answer matches as a whole. Its named groups are the fields of `field_accuracy`."""
     max_new_tokens: Positive = 128
@@ -516,7 +521,7 @@ class Recipe(Section):
                 re.compile(self.eval.format)
             except re.error as error:
                 problems.append(f"eval.format is not a regular expression: {error}")
-        known = {"exact_match", "format", "field_accuracy", "label_accuracy", "macro_f1"}
+        known = {"exact_match", "format", "field_accuracy", "label_accuracy", "macro_f1", "squad_exact", "squad_f1"}
         for metric in self.eval.metrics:
             if metric not in known and not re.fullmatch(r"[\w.]+:\w+", metric):
                 problems.append(

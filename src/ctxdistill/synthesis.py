@@ -275,12 +275,10 @@ def write_queries(
 
 
 def material(recipe: Recipe, prompter: Prompter) -> list[Chunk]:
-    """The chunks that queries are written from: those that rows are bound to, or else the documents in chunks; without
-    documents, everything else that the context has."""
+    """The chunks that queries are written from: of the documents (of the chunks that rows are bound to, where there are
+    such, and then named by them, as `handbook.md:2:1`); without documents, of everything else that the context has."""
     c = prompter.context
-    if c.chunks:
-        return list(c.chunks)
-    texts = dict(c.documents)
+    texts = {chunk.name: chunk.text for chunk in c.chunks} or dict(c.documents)
     if not texts:
         turns = [*c.messages, *prompter.demo_messages(c.demos)]
         messages = [f"{m['role']}: {m['content']}" for m in turns if m.get("content")]
@@ -361,11 +359,15 @@ class _Found:
         self.index.add(query)
         self.by_kind[candidate.kind] += 1
         self.by_chunk[candidate.chunk.name] += 1
-        c = self.recipe.context
+        own = {"passage": candidate.chunk.name} if self.prompter.context.chunks else {}
         self.rows.append({
-            self.recipe.queries.prompt: query, "kind": candidate.kind, c.chunk_column: candidate.chunk.name,
-            "seed": candidate.seed, "attempt": candidate.attempt,
+            self.recipe.queries.prompt: query, "kind": candidate.kind, self.recipe.context.chunk_column: self.bound(candidate),
+            **own, "seed": candidate.seed, "attempt": candidate.attempt,
         })  # fmt: skip
+
+    def bound(self, candidate: Candidate) -> str:
+        """The chunk that the teacher will read with the query: the one that the passage is of, or the passage itself."""
+        return candidate.chunk.source if self.prompter.context.chunks else candidate.chunk.name
 
     def reason(self, query: str, whole: bool, candidate: Candidate) -> str:
         """Why a candidate is no query; empty when it is one."""
@@ -391,7 +393,7 @@ class _Found:
         similarity, number = self.index.nearest(query)
         if similarity >= self.recipe.synthesis.similarity:
             return "nearly a given row" if number is not None and number < self.given else "nearly repeated"
-        row = Row("", {self.recipe.queries.prompt: query, self.recipe.context.chunk_column: candidate.chunk.name}, "")
+        row = Row("", {self.recipe.queries.prompt: query, self.recipe.context.chunk_column: self.bound(candidate)}, "")
         try:
             self.prompter.check_no_leak(row, self.recipe.queries)
         except DataError:
