@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from ctxdistill import groups, pipeline
 from ctxdistill.dataset import prepare
 from ctxdistill.errors import DataError, FitError, RecipeError
-from ctxdistill.prompts import Prompter
+from ctxdistill.lm import LM
+from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
+from ctxdistill.targets import TargetStore, label
 from ctxdistill.weights import load_tokenizer
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kid", "lynx"]
@@ -84,6 +88,27 @@ def test_a_query_without_a_chunk_is_refused_or_bound_by_its_words(job: Path, giv
         assert chunk and f"The {row.fields['prompt'].split()[-1]} lives" in chunk.text
     typed = p.pair_of_text("what does the lynx say")
     assert "The lynx lives" in p.tokenizer.decode(typed.teacher)
+
+
+def test_a_chunk_is_read_once_for_all_its_rows(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    r = recipe(job, train__validation=0.0, targets__batch_size=2)
+    lm, p, data = prepare(r)
+    pairs, read = data.pairs["train"], list[str]()
+    slow = LM._read_prefix
+
+    def counted(self: LM, ids: Sequence[int]) -> Any:
+        read.append(self.tokenizer.decode(list(ids)))
+        return slow(self, ids)
+
+    monkeypatch.setattr(LM, "_read_prefix", counted)
+    made = label(lm, p, pairs, r, TargetStore(job / "t"))
+    assert len(read) == 4 and all(f"(part {i} of 4)" in "".join(read) for i in (1, 2, 3, 4))
+    with torch.no_grad():
+        for pair, (target,) in zip(pairs, made, strict=True):
+            (alone,) = lm.generate([pair.teacher], max_new_tokens=6, ends=p.ends)
+            assert list(target.ids) == alone
+            reference = lm.hidden([join(pair.teacher, target.ids)])[0]
+            torch.testing.assert_close(target.tensors["hidden"], reference, rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture(scope="module")

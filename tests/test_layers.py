@@ -12,8 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
 ORDER = """
-errors < losses, stats, similar, chunks, answers < recipe < rows < tasks < rundir, endpoint < draws, arms < grid < weights,
-packing, fused < lm < prompts < synthesis < targets < teachers, train < evaluate < dataset < groups < accounts < plan <
+errors < losses, stats, similar, chunks, answers < recipe < rows < conversations < tasks < rundir, endpoint < draws, arms < grid <
+weights, packing, fused < lm < prompts < synthesis < targets < teachers, train < evaluate < dataset < groups < accounts < plan <
 retention < cells < results, plots < claims < analysis < report, export < study_report < pipeline <
 study < display < cli < docs
 """

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from ctxdistill import evaluate as evaluation
 from ctxdistill import losses, synthesis
 from ctxdistill import rows as data
+from ctxdistill.conversations import CONVERSATION, turns
 from ctxdistill.errors import DataError
 from ctxdistill.lm import LM, check_fit
 from ctxdistill.prompts import Pair, Prompter
@@ -50,13 +51,15 @@ def prepare(recipe: Recipe, folder: Path | None = None, progress: Progress = no_
     lm = lm or LM.load(recipe.model, recipe.base_dir)
     room = {"teacher": recipe.completions.max_new_tokens}
     room["label"] = max(map(len, prompter.labels.values()), default=0)
+    if recipe.completions.checker:
+        evaluation.load_function(recipe.completions.checker, recipe, "completions.checker")
     evaluation.metrics_of(recipe, pairs["eval"])  # a metric that cannot be measured should not cost minutes first
     for split, found in pairs.items():
         evaluated = split == "eval"
         answers = [len(prompter.completion(p.answer)) if p.answer is not None else 0 for p in found]
         need = [
             max(len(p.teacher), len(p.student))
-            + (recipe.eval.max_new_tokens if evaluated else room.get(recipe.completions.source, n))
+            + (evaluation.teacher_limit(recipe) if evaluated else room.get(recipe.completions.source, n))
             for p, n in zip(found, answers, strict=True)
         ]
         check_fit(
@@ -65,15 +68,20 @@ def prepare(recipe: Recipe, folder: Path | None = None, progress: Progress = no_
     return lm, prompter, Data(splits, pairs, counts)
 
 
-def given_rows(recipe: Recipe) -> tuple[list[Row], list[Row], int]:
-    """(queries, held-out rows) that the recipe names, either maybe empty, and how many a limit left out."""
+def given_rows(recipe: Recipe) -> tuple[list[Row], list[Row], dict[str, int]]:
+    """(queries, held-out rows) that the recipe names, either maybe empty, and what was left out: by a limit, and turns of
+    conversations without text."""
     queries = held = Rows([], 0, "")
     if recipe.queries.data is not None:
-        answers: Literal["optional", "required"] = "required" if recipe.completions.source == "data" else "optional"
+        needed = recipe.completions.source == "data" and recipe.queries.turns == "answer"
+        answers: Literal["optional", "required"] = "required" if needed else "optional"
         queries = data.read(recipe.queries, recipe, "queries", answers=answers)
     if recipe.eval.data is not None:
         held = data.read(recipe.eval, recipe, "eval")
-    return queries.rows, held.rows, queries.left_out + held.left_out
+    asked, silent = turns(queries.rows, recipe.queries)
+    held_out, more = turns(held.rows, recipe.eval)
+    left = {"left_out_by_limit": queries.left_out + held.left_out}
+    return asked, held_out, left | ({"turns_without_text": silent + more} if silent + more else {})
 
 
 def synthesize(
@@ -92,7 +100,7 @@ def read_rows(
 ) -> tuple[dict[str, tuple[list[Row], DataSection]], dict[str, Any]]:
     """Rows by split, checked: no duplicates, no overlap between demonstrations, queries and evaluation, no context in a
     query. Written queries are in the run's `folder` or where the recipe says."""
-    found, held, left_out = given_rows(recipe)
+    found, held, left = given_rows(recipe)
     more: dict[str, Any] = {}
     if recipe.queries.synthesize:
         file = synthesis.queries_file(recipe, folder)
@@ -139,7 +147,7 @@ def read_rows(
             )
     counts = {name: len(part) for name, (part, _) in splits.items()}
     hashes = fingerprint([[r.id for r in part] for part, _ in splits.values()])
-    counts |= {"demos": len(prompter.context.demos), "dropped_duplicates": dropped, "left_out_by_limit": left_out}
+    counts |= {"demos": len(prompter.context.demos), "dropped_duplicates": dropped, **left}
     return splits, {**counts, "sha256": hashes, **more}
 
 
@@ -147,7 +155,7 @@ def group_of(recipe: Recipe) -> Callable[[Row], str]:
     """What decides on which side of a split a row is: rows of one group stay together."""
     if recipe.queries.synthesize and recipe.synthesis.held_out == "chunk":
         return lambda row: str(row.fields.get(recipe.context.chunk_column) or row.id)
-    return lambda row: row.id
+    return lambda row: str(row.fields.get(CONVERSATION) or row.id) if recipe.queries.turns != "answer" else row.id
 
 
 def unique(rows: list[Row], section: DataSection, prompter: Prompter) -> tuple[list[Row], int]:

@@ -15,6 +15,7 @@ import queue
 import shutil
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +85,9 @@ def distill(
                 fix='change the context or the queries, or go on all the same with gate.on_fail="warn"',
             )
         with timed(run, "label"):
+            judged = Counter[str]()
             examples, validation = (
-                make_examples(recipe, lm, prompter, rows.pairs[split], store, progress)
+                make_examples(recipe, lm, prompter, rows.pairs[split], store, progress, judged)
                 for split in ("train", "validation")
             )
         save_prompts(run, prompter, rows, [*examples, *validation])
@@ -102,7 +104,8 @@ def distill(
         seconds, tokens = spent(recipe, lm, run, examples, result)
         result |= {
             "cost": cost(recipe, result["table"], seconds, tokens),
-            "notes": notes(lm, prompter, rows, examples, recipe, state),
+            "notes": [*notes(lm, prompter, rows, examples, recipe, state), *acceptance(judged)],
+            "completions": dict(judged),
         }
         run.write_json("evaluation.json", result)
         reports.write_card(run.path)
@@ -269,15 +272,41 @@ def run_gate(
 
 
 def make_examples(
-    recipe: Recipe, lm: LM, prompter: Prompter, pairs: Sequence[Pair], store: TargetStore, progress: Progress
+    recipe: Recipe,
+    lm: LM,
+    prompter: Prompter,
+    pairs: Sequence[Pair],
+    store: TargetStore,
+    progress: Progress,
+    judged: Counter[str] | None = None,
 ) -> list[Example]:
-    """Ask the teacher about the queries; an `Example` for each completion."""
+    """Ask the teacher about the queries; an `Example` for each completion that is accepted. `judged` counts the fates.
+
+    Raises: `DataError` when none is accepted.
+    """
     if not pairs:
         return []
+    judged = Counter() if judged is None else judged
     made = label(lm, prompter, pairs, recipe, store, progress=progress)
-    return [
-        Example(pair.id, pair.student, target) for pair, targets in zip(pairs, made, strict=True) for target in targets
-    ]
+    checker = recipe.completions.checker
+    check = evaluation.load_function(checker, recipe, "completions.checker") if checker else None
+    examples = []
+    for pair, target in ((pair, target) for pair, targets in zip(pairs, made, strict=True) for target in targets):
+        fate = "accepted"
+        if not target.ids:
+            fate = "no answer found by completions.extract"
+        elif check and not check(prompter.answer(target.ids), prompter.reference(pair.answer), pair.fields):
+            fate = f"rejected by {checker}"
+        judged[fate] += 1
+        if fate == "accepted":
+            examples.append(Example(pair.id, pair.student, target))
+    if not examples:
+        raise DataError(
+            "none of the teacher's completions is accepted",
+            found=", ".join(f"{fate} {n}" for fate, n in judged.items()),
+            fix="look at what the teacher writes (ctxdistill gate, or try), then change the pattern or the checker",
+        )
+    return examples
 
 
 def measure(
@@ -301,6 +330,14 @@ def measure(
     if recipe.eval.latency_rows:
         latencies = {arm: evaluation.latency(arm, lm, prompter, pairs, recipe, progress) for arm in evaluation.ARMS}
     return evaluation.tables({k: v for k, v in scores.items() if v}, latencies, recipe.eval, recipe.train.seed)
+
+
+def acceptance(judged: Counter[str]) -> list[str]:
+    """How many completions were accepted, where any was not."""
+    asked, good = judged.total(), judged["accepted"]
+    others = [f"{fate} {n}" for fate, n in judged.items() if fate != "accepted"]
+    text = f"{good} of the teacher's {asked} completions were accepted ({100 * good / max(1, asked):.1f} %)"
+    return [f"{text}: {', '.join(others)}"] if others else []
 
 
 def scores_of(run: RunDir, arms: Sequence[str] = evaluation.ARMS) -> dict[str, list[evaluation.Score]]:

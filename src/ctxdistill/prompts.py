@@ -42,6 +42,11 @@ class Pair:
     fields: Mapping[str, Any]
 
 
+def said(message: Message) -> str:
+    """A message's text; empty for one that only calls a tool."""
+    return str(message.get("content") or "")
+
+
 def join(prompt: Sequence[int], completion: Sequence[int]) -> tuple[list[int], int]:
     """The model input for a prompt and the completion after it, and the number of supervised tokens at its end."""
     if not completion:
@@ -181,6 +186,35 @@ class Prompter:
             text = text.split(self.stop_text)[0]
         return text.strip()
 
+    def answer(self, ids: Sequence[int]) -> str:
+        """The answer in completion ids: what `completions.extract` finds in them, or all of their text."""
+        pattern = self.recipe.completions.extract
+        parts = self.split_answer(ids, re.compile(pattern, re.DOTALL)) if pattern else None
+        return self.text(parts[1] if parts else ids)
+
+    def split_answer(self, ids: Sequence[int], pattern: re.Pattern[str]) -> tuple[list[int], tuple[int, ...]] | None:
+        """(the thoughts, the answer with its end) in what the teacher wrote: the group of the last match of `pattern`, as
+        the teacher's own tokens; white space before it is part of the answer where it is part of its first token.
+
+        Returns: None where there is no match, an empty one, or one that begins or ends inside a token.
+        """
+
+        def length(n: int) -> int:
+            return len(self.tokenizer.decode(list(ids[:n]), skip_special_tokens=True))
+
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        found = list(pattern.finditer(text))
+        if not found or not (found[-1][1] or "").strip():
+            return None
+        start, end = found[-1].span(1)
+        start, end = end - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())
+        lengths = [length(n) for n in range(len(ids) + 1)]
+        first = max(n for n, place in enumerate(lengths) if place <= start)
+        last = min(n for n, place in enumerate(lengths) if place >= end)
+        if text[lengths[first] : start].strip() or text[end : lengths[last]].strip():
+            return None
+        return list(ids[:first]), (*ids[first:last], *self.end)
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Each token as text, special ones visible."""
         return [str(self.tokenizer.decode([i])) for i in ids]
@@ -228,7 +262,7 @@ class Prompter:
     def query_text(self, row: Row, section: DataSection) -> str:
         """The query as text, for people and for comparing rows."""
         if section.messages:
-            return "\n".join(str(m["content"]) for m in self._messages(row, section.messages))
+            return "\n".join(said(m) for m in self._messages(row, section.messages))
         return self.recipe.prompt.pattern.format_map(data.values(row, section))
 
     def pair(self, row: Row, section: DataSection) -> Pair:
@@ -284,7 +318,7 @@ class Prompter:
         if (
             isinstance(value, list)
             and value
-            and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+            and all(isinstance(m, dict) and "role" in m and ("content" in m or m.get("tool_calls")) for m in value)
         ):
             return value
         raise DataError(
@@ -324,6 +358,8 @@ class Prompter:
         """(messages before the query, the query's messages), a system message first if there is one."""
         c = self.recipe.context
         query = self._query_messages(row, section)
+        if teacher and (told := self.recipe.completions.scratchpad):
+            query = [*query[:-1], {**query[-1], "content": f"{said(query[-1])}\n\n{told}"}]
         if teacher and c.teacher_prompt:
             return [], self._asks(row, self._messages(row, c.teacher_prompt))
         own: list[Message] = []
@@ -381,7 +417,7 @@ class Prompter:
     def _render(self, messages: list[Message], generation: bool, *, teacher: bool, tokenize: bool = True) -> Any:
         """The template's text or ids. Both come from the one call, so ids are never made from rendered text here."""
         p = self.recipe.prompt
-        kwargs = {**p.template_kwargs, **(p.teacher_template_kwargs if teacher else {})}
+        kwargs = {**p.template_kwargs, **(p.teacher_template_kwargs if teacher else p.student_template_kwargs)}
         try:
             out = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=generation, tokenize=tokenize, return_dict=False, **kwargs
@@ -411,6 +447,38 @@ class Prompter:
             )
         return ids
 
+    def template_notes(self) -> list[str]:
+        """What the chat template writes at the start of an answer, where that is a think block or differs between the
+        sides: such text is part of the prompt and never supervised."""
+        if self.recipe.prompt.style == "text":
+            return []
+        probe = [{"role": "user", "content": "a"}]
+        starts = {}
+        for side in ("teacher", "student"):
+            whole, before = (
+                self._render(probe, generation, teacher=side == "teacher", tokenize=False)
+                for generation in (True, False)
+            )
+            starts[side] = whole.removeprefix(before)
+        found = [
+            f"the chat template begins the {side}'s answer with {' '.join(start.split())!r}; it is part of the prompt and "
+            "is not supervised"
+            for side, start in starts.items()
+            if "think>" in start
+        ]
+        if len(set(starts.values())) > 1:
+            found.append(
+                "teacher and student begin their answers differently, so the student learns to answer as a teacher that was "
+                "asked in another way; serve it with the student's template arguments, which the adapter card shows"
+            )
+        thinks = "enable_thinking" in (self.tokenizer.chat_template or "") and "think>" not in starts["teacher"]
+        if thinks and self.recipe.completions.source == "teacher":
+            found.append(
+                "the teacher may think before it answers, and its thoughts are taught, too: switch them off with "
+                "prompt.teacher_template_kwargs = { enable_thinking = false }"
+            )
+        return found
+
     # -- what people look at ------------------------------------------------------------------------------------------
 
     def parts(self, row: Row, section: DataSection, *, teacher: bool) -> list[Part]:
@@ -426,7 +494,7 @@ class Prompter:
         messages = [*earlier, *asked]
         text = self._render(messages, True, teacher=teacher, tokenize=False)
         # Marks in place of the contents tell exactly what the template wrote around them.
-        marked = [{**m, "content": f"\ue000{i}\ue000"} for i, m in enumerate(messages)]
+        marked = [{**m, "content": f"\ue000{i}\ue000"} if said(m) else m for i, m in enumerate(messages)]
         pieces = self._render(marked, True, teacher=teacher, tokenize=False).split("\ue000")
         parts: list[Part] = []
         for i, piece in enumerate(pieces):
@@ -459,7 +527,7 @@ class Prompter:
         """Raise `DataError` if the student's prompt holds a piece of the context that the recipe does not let it keep."""
         c = self.recipe.context
         keep = {str(m["content"]) for m in self.demo_messages(self.kept_demos)}
-        pieces = [str(m["content"]) for m in (*self.context.messages, *self.demo_messages(self.context.demos))]
+        pieces = [said(m) for m in (*self.context.messages, *self.demo_messages(self.context.demos))]
         pieces += [self.context.system or "", self.recipe.prompt.instruction, *(k.text for k in self.context.chunks)]
         own = row.fields.get(c.column) if c.column else None
         pieces += [own] if isinstance(own, str) else []

@@ -70,6 +70,9 @@ class DataSection(Section):
     """Column with the query text. Not needed when `prompt.pattern` names other columns, or `messages` is given."""
     messages: str | None = None
     """Column with a list of chat messages (`role`, `content`) instead of a text."""
+    turns: Literal["answer", "last", "every"] = "answer"
+    """With `messages`, what is taught. `answer`: they end with the question. `last`: the last assistant's turn is the
+    answer to all that stands before it. `every`: each assistant's turn is."""
     answer: str = "answer"
     """Column with the reference answer. Rows without it can be trained on, but not scored for accuracy."""
     duplicates: Literal["error", "drop"] = "error"
@@ -198,6 +201,8 @@ class PromptSection(Section):
     """Extra arguments of the chat template for both sides, for example `{ enable_thinking = false }`."""
     teacher_template_kwargs: dict[str, Any] = {}
     """Extra arguments of the chat template for the teacher's prompt only."""
+    student_template_kwargs: dict[str, Any] = {}
+    """Extra arguments of the chat template for the student's prompt only."""
 
 
 class CompletionsSection(Section):
@@ -211,6 +216,17 @@ class CompletionsSection(Section):
     """Completions per query (more than one needs a temperature above 0)."""
     max_new_tokens: Positive = 128
     """Longest completion. The number of completions that hit it without EOS is reported."""
+    scratchpad: str = ""
+    """Put behind the query in the teacher's prompt only, such as `Think step by step. Then write "Answer:" and the answer.`
+    Give `max_new_tokens` the room."""
+    extract: str | None = None
+    """A regular expression with one group: where the answer is in what the teacher wrote (its last match). A training
+    completion in which it is not found is rejected, which is counted."""
+    teach: Literal["answer", "all"] = "answer"
+    """With `extract`: the student learns the answer alone, on which the teacher is asked behind its own thoughts, or all."""
+    checker: str | None = None
+    """Your own `module:function` that takes (answer as the teacher wrote it, reference answer, row) and says whether to
+    train on it. The report has the acceptance rate."""
     supervise_end: bool = True
     """Teach where the answer ends, too. Turn off to teach the label position alone, as some papers do."""
 
@@ -457,7 +473,7 @@ class Recipe(Section):
         c, p, problems = self.context, self.prompt, list[str]()
         ignored = {
             "chat": ("instruction", "student_instruction", "separator", "stop"),
-            "text": ("template_kwargs", "teacher_template_kwargs"),
+            "text": ("template_kwargs", "teacher_template_kwargs", "student_template_kwargs"),
         }
         if lost := [key for key in ignored[p.style] if getattr(p, key) != type(p).model_fields[key].default]:
             other = "text" if p.style == "chat" else "chat"
@@ -468,6 +484,9 @@ class Recipe(Section):
             problems.append(
                 'prompt.style = "text" has no roles: queries.messages and eval.messages need prompt.style = "chat"'
             )
+        for name, section in (("queries", self.queries), ("eval", self.eval)):
+            if section.turns != "answer" and not section.messages:
+                problems.append(f'{name}.turns = "{section.turns}" needs {name}.messages')
         if p.style == "text" and (c.messages or c.system or c.system_file or c.student_system is not None):
             problems.append(
                 'prompt.style = "text" has no roles: system and messages cannot be rendered; use prompt.instruction and '
@@ -510,8 +529,29 @@ class Recipe(Section):
                 'targets.kind = "topk" works at train.temperature = 1 only: the tail is one number and cannot be softened; '
                 'use targets.kind = "hidden"'
             )
+        problems += self._thoughts()
         if not self.completions.supervise_end and self.completions.source == "teacher":
             problems.append('completions.supervise_end = false needs completions.source = "data" or "label"')
+        return problems
+
+    def _thoughts(self) -> list[str]:
+        c, problems = self.completions, list[str]()
+        if c.source != "teacher" and (c.scratchpad or c.extract):
+            problems.append('completions.scratchpad and extract need completions.source = "teacher"')
+        if (c.scratchpad or c.extract) and (self.prompt.style == "text" or self.prompt.label_words):
+            problems.append('completions.scratchpad and extract need prompt.style = "chat" and no prompt.label_words')
+        if c.scratchpad and self.context.teacher_prompt:
+            problems.append(
+                "completions.scratchpad: put it into context.teacher_prompt, which is the teacher's whole prompt"
+            )
+        if c.extract is not None:
+            try:
+                groups = re.compile(c.extract).groups
+                problems += [] if groups == 1 else [f"completions.extract: expected one group (...), found {groups}"]
+            except re.error as error:
+                problems.append(f"completions.extract is not a regular expression: {error}")
+        if c.checker is not None and not re.fullmatch(r"[\w.]+:\w+", c.checker):
+            problems.append(f"completions.checker: expected module:function, found {c.checker!r}")
         return problems
 
     def _evaluation(self) -> list[str]:

@@ -516,7 +516,8 @@ def _message_problems(message: Any) -> list[str]:
     problems = []
     if message.get("role") not in ROLES:
         problems.append(f"role: expected one of {', '.join(ROLES)}, found {_short(message.get('role'))}")
-    if not isinstance(message.get("content"), str):
+    calls = message.get("role") == "assistant" and message.get("tool_calls")  # then there may be no text
+    if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
         problems.append(f"content: expected a text, found {_short(message.get('content'))}")
     return problems
 
