@@ -32,7 +32,7 @@ from ctxdistill import plan as planning
 from ctxdistill.accounts import Peak, forward_flops, training_flops
 from ctxdistill.dataset import Data
 from ctxdistill.lm import LM, common_prefix, linear_layers
-from ctxdistill.prompts import Context, Prompter
+from ctxdistill.prompts import Prompter
 from ctxdistill.recipe import DataSection, ModelSection, Recipe
 from ctxdistill.rows import Row
 from ctxdistill.rundir import RunDir
@@ -76,7 +76,7 @@ def setting(model: str, tokens: int) -> tuple[LM, Recipe, Prompter]:
         }
     )  # fmt: skip
     lm.add_adapter(recipe.lora, recipe.train.seed)
-    return lm, recipe, Prompter(recipe, lm.tokenizer, Context.read(recipe))
+    return lm, recipe, Prompter(recipe, lm.tokenizer)
 
 
 def ours(model: str, tokens: int) -> dict[str, Any]:

@@ -109,7 +109,9 @@ def notes(
     lm: LM, prompter: Prompter, rows: Data, examples: Sequence[Example], recipe: Recipe, run_state: State
 ) -> list[str]:
     """What a reader of the results must know."""
-    found = list(lm.notes)
+    found = [*lm.notes, *prompter.template_notes()]
+    if n := rows.counts.get("turns_without_text"):
+        found.append(f"{n} assistant's turns hold a tool call and no text, and are not taught")
     if n := rows.counts["dropped_duplicates"]:
         found.append(f"{n} rows with a repeated query were dropped")
     if n := rows.counts["left_out_by_limit"]:

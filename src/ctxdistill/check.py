@@ -92,11 +92,13 @@ def check(
     lm.load_adapter(run / "adapter")
     scale(lm.peft, manifest["strength"])
     prompter = Prompter(recipe, lm.tokenizer)
-    split, section = held_out(recipe, prompter)
+    split, section = held_out(run, recipe, prompter)
     chosen = split[:rows]
     tally = Tally()
     template = None if endpoint or manifest["format"] != "ollama" else _ollama_template(folder)
-    with _runtime(folder, manifest, recipe, lm, prompter, endpoint, model, base) as stack:
+    longest = max(len(prompter.pair(row, section).student) for row in chosen)
+    room = longest + recipe.eval.max_new_tokens + 64
+    with _runtime(folder, manifest, recipe, lm, prompter, endpoint, model, base, room) as stack:
         for number, row in enumerate(chosen, 1):
             pair = prompter.pair(row, section)
             request = (
@@ -144,17 +146,19 @@ def _runtime(
     endpoint: str | None,
     model: str,
     base: str | Path | None,
+    room: int,
 ) -> Iterator[Runtime]:
-    """The stack for this export: a server that runs, llama.cpp for GGUF files, else transformers."""
-    kwargs = recipe.prompt.template_kwargs
+    """The stack for this export: a server that runs, llama.cpp for GGUF files, else transformers.
+
+    `room`: tokens of the longest prompt with its answer.
+    """
+    kwargs = recipe.prompt.template_kwargs | recipe.prompt.student_template_kwargs
     stop = manifest["stop"] if recipe.prompt.style == "text" or manifest["format"] == "ollama" else []
     if endpoint:
         yield Endpoint(endpoint, lm.tokenizer, model, template_kwargs=kwargs, stop=stop)
     elif manifest["format"] in ("peft", "merged"):
         yield Transformers.load(folder, manifest["student_prompt"], kwargs)
     else:
-        longest = max(len(prompter.pair(row, s).student) for rows, s in [held_out(recipe, prompter)] for row in rows)
-        room = longest + recipe.eval.max_new_tokens + 64
         with contextlib.ExitStack() as files:
             adapter = folder / manifest["adapter"] if "adapter" in manifest else None
             if adapter is None:

@@ -143,6 +143,33 @@ def init(
 
 
 @app.command()
+def queries(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file. Unset: where distill looks for it.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Let the model write queries from the context alone, into a file to read and change before training.
+
+    The recipe says how many (queries.synthesize) and how ([synthesis]). `distill` uses the file when it is there, and
+    writes it first when it is not.
+
+    Example: ctxdistill queries handbook.toml queries.synthesize=200
+    """
+    from ctxdistill.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    with _work(as_json, "stopped; the same command goes on", first="loading the model") as watcher:
+        from ctxdistill import pipeline
+
+        found = pipeline.queries(loaded, out, force=force, progress=watcher)
+    _json(found) if as_json else display.queries(display.console(), found)
+
+
+@app.command()
 def gate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Is there anything to teach? Measure the model with and without the context; train nothing.
 

@@ -45,10 +45,10 @@ def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Prog
         raise RunError(f"{out} is there already", fix="choose another folder with --out")
     recipes = [stored_recipe(folder) for folder in folders]
     check_same(folders, recipes)
-    lm, prompter, data = prepare(recipes[0])
+    lm, prompter, data = prepare(recipes[0], folders[0].path)
     prompters, rows = [prompter], [data]
-    for recipe in recipes[1:]:
-        _, prompter, data = prepare(recipe, lm)
+    for recipe, folder in zip(recipes[1:], folders[1:], strict=True):
+        _, prompter, data = prepare(recipe, folder.path, lm=lm)
         prompters.append(prompter)
         rows.append(data)
     load(lm, folders, names, list(runs.values()))
@@ -76,8 +76,8 @@ def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Prog
             other: [prompter.pair(row, section) for row in queries[:ROWS]]
             for other, prompter in zip(names, prompters, strict=True)
         }
-    with tempfile.TemporaryDirectory() as folder:  # what one context's teacher says of another's rows belongs to no run
-        check = Check(recipes[0], lm, prompters[0], TargetStore(Path(folder)))
+    with tempfile.TemporaryDirectory() as place:  # what one context's teacher says of another's rows belongs to no run
+        check = Check(recipes[0], lm, prompters[0], TargetStore(Path(place)))
         found = matrix(check, groups, progress or no_progress)
     rank = sum(recipe.lora.rank for recipe in recipes)
     found |= {"weights": dict(zip(names, runs.values(), strict=True)), "rank": rank, "alone": alone}

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from ctxdistill import evaluate as evaluation
-from ctxdistill import losses
+from ctxdistill import losses, synthesis
 from ctxdistill import rows as data
+from ctxdistill.conversations import CONVERSATION, turns
 from ctxdistill.errors import DataError
 from ctxdistill.lm import LM, check_fit
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import DataSection, Recipe
-from ctxdistill.rows import Row
-from ctxdistill.rundir import RunDir, fingerprint
+from ctxdistill.rows import Row, Rows
+from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress
 from ctxdistill.weights import load_tokenizer
 
 
@@ -36,23 +38,31 @@ class Data:
     counts: Mapping[str, Any]
 
 
-def prepare(recipe: Recipe, lm: LM | None = None) -> tuple[LM, Prompter, Data]:
+def prepare(
+    recipe: Recipe, folder: Path | None = None, progress: Progress = no_progress, *, lm: LM | None = None
+) -> tuple[LM, Prompter, Data]:
     """Read and check everything that can be wrong before anything slow begins: rows first, then the model, unless that is
-    given."""
+    given. Queries that the model shall write, and that are not in `folder` (the run's) or where the recipe says, are
+    written in between."""
     prompter = Prompter(recipe, lm.tokenizer if lm else load_tokenizer(recipe.model, recipe.base_dir))
-    splits, counts = read_rows(recipe, prompter)
+    if recipe.queries.synthesize and not synthesis.queries_file(recipe, folder).exists():
+        lm = lm or LM.load(recipe.model, recipe.base_dir)
+        synthesize(recipe, prompter, lm, synthesis.queries_file(recipe, folder), progress)
+    splits, counts = read_rows(recipe, prompter, folder)
     pairs = {split: [prompter.pair(row, section) for row in found] for split, (found, section) in splits.items()}
     lm = lm or LM.load(recipe.model, recipe.base_dir)
     room = {"teacher": recipe.completions.max_new_tokens}
     room["label"] = max(map(len, prompter.labels.values()), default=0)
     own = recipe.completions.max_new_tokens if recipe.train.on_policy else 0  # what the student may write
+    if recipe.completions.checker:
+        evaluation.load_function(recipe.completions.checker, recipe, "completions.checker")
     evaluation.metrics_of(recipe, pairs["eval"])  # a metric that cannot be measured should not cost minutes first
     for split, found in pairs.items():
         evaluated = split == "eval"
         answers = [len(prompter.completion(p.answer)) if p.answer is not None else 0 for p in found]
         need = [
             max(len(p.teacher), len(p.student))
-            + (recipe.eval.max_new_tokens if evaluated else max(own, room.get(recipe.completions.source, n)))
+            + (evaluation.teacher_limit(recipe) if evaluated else max(own, room.get(recipe.completions.source, n)))
             for p, n in zip(found, answers, strict=True)
         ]
         check_fit(
@@ -61,25 +71,57 @@ def prepare(recipe: Recipe, lm: LM | None = None) -> tuple[LM, Prompter, Data]:
     return lm, prompter, Data(splits, pairs, counts)
 
 
-def read_rows(recipe: Recipe, prompter: Prompter) -> tuple[dict[str, tuple[list[Row], DataSection]], dict[str, Any]]:
-    """Rows by split, checked: no duplicates, no overlap between demonstrations, queries and evaluation, no context in a query."""
-    found = data.read(
-        recipe.queries, recipe, "queries", answers="required" if recipe.completions.source == "data" else "optional"
-    )
-    left_out, dropped = found.left_out, 0
-    queries, n = unique(found.rows, recipe.queries, prompter)
-    dropped += n
+def given_rows(recipe: Recipe) -> tuple[list[Row], list[Row], dict[str, int]]:
+    """(queries, held-out rows) that the recipe names, either maybe empty, and what was left out: by a limit, and turns of
+    conversations without text."""
+    queries = held = Rows([], 0, "")
+    if recipe.queries.data is not None:
+        needed = recipe.completions.source == "data" and recipe.queries.taught == "last"
+        answers: Literal["optional", "required"] = "required" if needed else "optional"
+        queries = data.read(recipe.queries, recipe, "queries", answers=answers)
     if recipe.eval.data is not None:
         held = data.read(recipe.eval, recipe, "eval")
-        left_out += held.left_out
-        held_out, n = unique(held.rows, recipe.eval, prompter)
+    asked, silent = turns(queries.rows, recipe.queries)
+    held_out, more = turns(held.rows, recipe.eval)
+    left = {"left_out_by_limit": queries.left_out + held.left_out}
+    return asked, held_out, left | ({"turns_without_text": silent + more} if silent + more else {})
+
+
+def synthesize(
+    recipe: Recipe, prompter: Prompter, lm: LM | None, file: Path, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Let the model write queries into `file`, none like the rows that are given; returns the summary."""
+    queries, held, _ = given_rows(recipe)
+    known = [prompter.query_text(row, recipe.queries) for row in queries]
+    known += [prompter.query_text(row, recipe.eval) for row in held]
+    known += [prompter.query_text(row, prompter.demo_section) for row in prompter.context.demos]
+    return synthesis.write_queries(recipe, prompter, lm, file, known, progress)
+
+
+def read_rows(
+    recipe: Recipe, prompter: Prompter, folder: Path | None = None
+) -> tuple[dict[str, tuple[list[Row], DataSection]], dict[str, Any]]:
+    """Rows by split, checked: no duplicates, no overlap between demonstrations, queries and evaluation, no context in a
+    query. Written queries are in the run's `folder` or where the recipe says."""
+    found, held, left = given_rows(recipe)
+    more: dict[str, Any] = {}
+    if recipe.queries.synthesize:
+        file = synthesis.queries_file(recipe, folder)
+        found = [*found, *synthesis.read_written(recipe, file)]
+        more = {"written": synthesis.described(recipe, prompter, file)}
+    queries, dropped = unique(found, recipe.queries, prompter)
+    if recipe.eval.data is not None:
+        held_out, n = unique(held, recipe.eval, prompter)
         dropped += n
         section: DataSection = recipe.eval
     else:
-        queries, held_out = data.split(queries, recipe.eval.share, recipe.train.seed)
+        queries, held_out = data.split(queries, recipe.eval.share, recipe.train.seed, group_of(recipe))
         section = recipe.queries
     for what, part, found_rows in (("queries", recipe.queries, queries), ("eval", section, held_out)):
-        if "answer" in part.model_fields_set and not any(part.answer in r.fields for r in found_rows):
+        # a run's stored recipe names every value, so what was given is known by not being the default
+        if part.answer != DataSection.model_fields["answer"].default and not any(
+            part.answer in r.fields for r in found_rows
+        ):
             raise DataError(
                 f"{what}.answer names the column {part.answer!r}, and no row has it",
                 found=", ".join(sorted(found_rows[0].fields)) if found_rows else "no rows",
@@ -93,7 +135,7 @@ def read_rows(recipe: Recipe, prompter: Prompter) -> tuple[dict[str, tuple[list[
     data.check_overlap(groups)
     for row, part in [*((r, recipe.queries) for r in queries), *((r, section) for r in held_out)]:
         prompter.check_no_leak(row, part)
-    training, validation = data.split(queries, recipe.train.validation, recipe.train.seed + 1)
+    training, validation = data.split(queries, recipe.train.validation, recipe.train.seed + 1, group_of(recipe))
     splits = {
         "train": (training, recipe.queries),
         "validation": (validation, recipe.queries),
@@ -103,13 +145,20 @@ def read_rows(recipe: Recipe, prompter: Prompter) -> tuple[dict[str, tuple[list[
         if not splits[name][0]:
             raise DataError(
                 f"no rows are left for {name}",
-                found=f"{len(found.rows)} queries",
+                found=f"{len(found)} queries",
                 fix="give more queries, or eval.data",
             )
     counts = {name: len(part) for name, (part, _) in splits.items()}
     hashes = fingerprint([[r.id for r in part] for part, _ in splits.values()])
-    counts |= {"demos": len(prompter.context.demos), "dropped_duplicates": dropped, "left_out_by_limit": left_out}
-    return splits, {**counts, "sha256": hashes}
+    counts |= {"demos": len(prompter.context.demos), "dropped_duplicates": dropped, **left}
+    return splits, {**counts, "sha256": hashes, **more}
+
+
+def group_of(recipe: Recipe) -> Callable[[Row], str]:
+    """What decides on which side of a split a row is: rows of one group stay together."""
+    if recipe.queries.synthesize and recipe.synthesis.held_out == "chunk":
+        return lambda row: str(row.fields.get(recipe.context.chunk_column) or row.id)
+    return lambda row: str(row.fields.get(CONVERSATION) or row.id) if recipe.queries.taught == "every" else row.id
 
 
 def unique(rows: list[Row], section: DataSection, prompter: Prompter) -> tuple[list[Row], int]:
@@ -132,6 +181,9 @@ def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str
     # What changes no result may change between two attempts at one run, such as gate.on_fail after the gate said no.
     decisive = {name: value for name, value in values.items() if name not in {"name", "gate", "cost", "behaviour"}}
     decisive["train"] = {name: value for name, value in values["train"].items() if name != "report_to"}
+    counts = {name: value for name, value in rows.counts.items() if name != "written"}
+    written = rows.counts.get("written") or {}
+    identity = [written["sha256"], written["held_out_by"]] if written else []
     prompts = fingerprint([[p.teacher, p.student] for found in rows.pairs.values() for p in found])
     c = recipe.context
     context = {
@@ -154,12 +206,13 @@ def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str
         "recipe": values,
         "base_dir": str(recipe.base_dir),
         "explicit": explicit(recipe),
-        "fingerprint": fingerprint([decisive, lm.fingerprint, prompter.fingerprint, rows.counts, prompts]),
+        "fingerprint": fingerprint([decisive, lm.fingerprint, prompter.fingerprint, counts, prompts, *identity]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {**versions, "python": platform.python_version()},
         "model": lm.info,
         "context": context | facts,
-        "rows": dict(rows.counts),
+        "rows": counts,
+        **({"written_queries": written} if written else {}),
         "student_prompt": prompter.student_prompt(),
         "loss": f"{recipe.train.loss} = {losses.LOSSES[recipe.train.loss].formula}",
     }

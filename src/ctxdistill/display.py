@@ -211,6 +211,33 @@ def _expected(found: Mapping[str, Any]) -> str:
     return text + (f", cost {found['cost']:.2f}" if finite(found.get("cost")) else "")
 
 
+def queries(out: Console, found: Mapping[str, Any], shown: int = 5) -> None:
+    """What was written: how much by each kind and from each chunk, what was rejected, how different the rest is."""
+    candidates = f"{found['candidates']:,} candidates in {duration(found['seconds'])}"
+    out.print(plain(f"{found['written']:,} of {found['wanted']:,} queries, from {candidates}", "bold"), soft_wrap=True)
+    if found["rejected"]:
+        out.print(plain("rejected: " + ", ".join(f"{reason} {n:,}" for reason, n in found["rejected"].items())))
+    for title, column in (("kinds", "kind"), ("chunks", "chunk")):
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column(column)
+        for name in ("written", "candidates"):
+            table.add_column(name, justify="right")
+        for name, value in found[title].items():
+            table.add_row(plain(name), f"{value['written']:,}", f"{value['candidates']:,}")
+        out.print(table)
+    if d := found["diversity"]:
+        out.print(
+            plain(
+                f"diversity: {d['distinct_1']:.2f} of the words and {d['distinct_2']:.2f} of the word pairs are different; "
+                f"mean distance of two queries {d['mean_distance']:.2f}, of a query to its nearest {d['nearest_distance']:.2f}"
+            ),
+            soft_wrap=True,
+        )
+    for row in found.get("examples", [])[:shown]:
+        _item(out, f"{row['kind']}: {row['query']}")
+    out.print(plain(f"file: {found['file']}"), soft_wrap=True)
+
+
 def grid(out: Console, found: dict[str, Any]) -> None:
     """What a study can be made of."""
     for title in ("tasks", "arms", "controls"):

@@ -28,7 +28,8 @@ from ctxdistill.tasks import TASKS
 RECIPE = """\
 # Recipe reference
 
-A recipe is a TOML file. Only `model.name`, `queries.data` and a context are needed; everything else has a default.
+A recipe is a TOML file. Only `model.name`, `queries.data` (or `queries.synthesize`) and a context are needed; everything
+else has a default.
 A key that is not listed here is an error. Relative paths start at the recipe's folder. On the command line
 `section.key=value` replaces a value: `ctxdistill distill my.toml train.lr=1e-4`.
 

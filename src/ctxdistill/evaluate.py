@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from ctxdistill import losses, stats
+from ctxdistill.answers import squad_exact, squad_f1
 from ctxdistill.errors import RecipeError
 from ctxdistill.lm import LM
 from ctxdistill.prompts import Pair, Prompter, join
@@ -72,6 +73,7 @@ def metrics_of(recipe: Recipe, pairs: Sequence[Pair]) -> dict[str, Metric]:
             available["field_accuracy"] = lambda p, a, _: None if a is None else field_accuracy(pattern, p, a)
     if not e.metrics:
         return available
+    available |= {"squad_exact": squad_exact, "squad_f1": squad_f1} if answers else {}
     chosen: dict[str, Metric] = {}
     for name in e.metrics:
         if ":" in name:
@@ -82,6 +84,7 @@ def metrics_of(recipe: Recipe, pairs: Sequence[Pair]) -> dict[str, Metric]:
             needs = {
                 "format": "eval.format", "field_accuracy": "eval.format with named groups, and reference answers",
                 "exact_match": "reference answers (column eval.answer) and no prompt.label_words",
+                "squad_exact": "reference answers", "squad_f1": "reference answers",
                 "label_accuracy": "prompt.label_words and reference answers", "macro_f1": "prompt.label_words and reference answers",
             }  # fmt: skip
             raise RecipeError(
@@ -90,8 +93,8 @@ def metrics_of(recipe: Recipe, pairs: Sequence[Pair]) -> dict[str, Metric]:
     return chosen
 
 
-def load_function(name: str, recipe: Recipe) -> Metric:
-    """A user's own metric, `module:function`; modules beside the recipe are found."""
+def load_function(name: str, recipe: Recipe, key: str = "eval.metrics") -> Metric:
+    """A user's own function, `module:function`; modules beside the recipe are found. `key` names it in messages."""
     module, _, function = name.partition(":")
     folder = str(recipe.base_dir)
     sys.path.insert(0, folder)
@@ -99,7 +102,7 @@ def load_function(name: str, recipe: Recipe) -> Metric:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # the user's module raises what it likes
         raise RecipeError(
-            f"eval.metrics: cannot load {name!r}: {type(error).__name__}: {error}",
+            f"{key}: cannot load {name!r}: {type(error).__name__}: {error}",
             expected="a module beside the recipe or installed, and a function in it",
         ) from None
     finally:
@@ -121,6 +124,12 @@ def load_function(name: str, recipe: Recipe) -> Metric:
 # -- arms -------------------------------------------------------------------------------------------------------------
 
 
+def teacher_limit(recipe: Recipe) -> int:
+    """Longest answer of the teacher on a held-out row, its thoughts included."""
+    thinks = recipe.completions.scratchpad or recipe.completions.extract
+    return max(recipe.eval.max_new_tokens, recipe.completions.max_new_tokens if thinks else 0)
+
+
 def teacher_targets(
     lm: LM,
     prompter: Prompter,
@@ -131,7 +140,10 @@ def teacher_targets(
 ) -> list[Target]:
     """The teacher's own answers on held-out rows (greedy, or its label), with its exact hidden states."""
     completions = CompletionsSection(
-        source="label" if recipe.prompt.label_words else "teacher", max_new_tokens=recipe.eval.max_new_tokens
+        source="label" if recipe.prompt.label_words else "teacher",
+        max_new_tokens=teacher_limit(recipe),
+        extract=recipe.completions.extract,
+        teach=recipe.completions.teach,
     )
     kind = TargetsSection(kind="hidden", batch_size=recipe.targets.batch_size)
     made = label(
@@ -142,6 +154,7 @@ def teacher_targets(
         store,
         completions=completions,
         kind=kind,
+        whole=True,
         progress=progress,
         stage="in-context answers",
     )
@@ -174,13 +187,13 @@ def score_arm(
                 written = lm.generate(
                     prompts[some], max_new_tokens=recipe.eval.max_new_tokens, ends=prompter.ends, prefix=prefix
                 )
-            greedy = [prompter.text(ids) for ids in written]
+            greedy = [prompter.answer(ids) for ids in written]
             predictions = greedy
             if recipe.prompt.label_words:
                 logprobs = score_labels(lm, prompts[some], prompter.labels, prefix=prefix, batch_size=batch).logprobs
                 predictions = [recipe.prompt.label_words[i] for i in logprobs.argmax(1).tolist()]
             rows = [join(prompt, target.ids) for prompt, target in zip(prompts[some], targets[some], strict=True)]
-            hiddens = lm.hidden(rows, prefix)
+            hiddens = [None] * len(rows) if arm == "in_context" else lm.hidden(rows, prefix)
             for pair, target, prediction, text, hidden in zip(
                 pairs[some], targets[some], predictions, greedy, hiddens, strict=True
             ):
@@ -189,7 +202,7 @@ def score_arm(
                     "arm": arm, "row": pair.id, "query": pair.query, "answer": answer, "prediction": prediction,
                     "metrics": {name: metric(prediction, answer, pair.fields) for name, metric in metrics.items()},
                     "prompt_tokens": len(pair.teacher if arm == "in_context" else pair.student),
-                    **fidelity(lm, prompter, target, hidden if arm != "in_context" else None),
+                    **fidelity(lm, prompter, target, hidden),
                 }  # fmt: skip
                 if recipe.prompt.label_words:
                     score["greedy"] = text
@@ -218,11 +231,12 @@ def latency(
     """Milliseconds per request, one request at a time, the whole prompt read each time (a server without prefix cache)."""
     times = []
     rows = pairs[: recipe.eval.latency_rows]
+    limit = teacher_limit(recipe) if arm == "in_context" else recipe.eval.max_new_tokens
     with lm.adapter(arm == "distilled"):
         for number, pair in enumerate([*rows[:1], *rows]):  # the first one warms up
             prompt = pair.teacher if arm == "in_context" else pair.student
             started = time.perf_counter()
-            lm.generate([prompt], max_new_tokens=recipe.eval.max_new_tokens, ends=prompter.ends)
+            lm.generate([prompt], max_new_tokens=limit, ends=prompter.ends)
             times.append(1000 * (time.perf_counter() - started))
             progress(f"time {arm.replace('_', '-')}", number, len(rows))
     return times[1:]
@@ -234,7 +248,7 @@ def latency(
 def main_metric(scores: Sequence[Score]) -> str | None:
     """The metric that the gate and `gap_closed` look at: accuracy where there are answers, else the user's first one."""
     names = list(scores[0]["metrics"]) if scores else []
-    for name in ("label_accuracy", "exact_match"):
+    for name in ("label_accuracy", "exact_match", "squad_exact"):
         if name in names and any(s["metrics"][name] is not None for s in scores):
             return name
     return next((n for n in names if ":" in n), next((n for n in names if n == "format"), None))

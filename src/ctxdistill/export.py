@@ -257,7 +257,7 @@ def elsewhere(job: Job, command: str) -> str:
 def describe(job: Job, format: str) -> dict[str, Any]:
     """What `export.json` says: of which run, how strong, how to ask."""
     chat = job.recipe.prompt.style == "chat"
-    split, section = held_out(job.recipe, job.prompter)
+    split, section = held_out(job.run, job.recipe, job.prompter)
     row = split[0]
     return {
         "format": format,
@@ -274,14 +274,14 @@ def describe(job: Job, format: str) -> dict[str, Any]:
     }
 
 
-def held_out(recipe: Recipe, prompter: Prompter) -> tuple[list[Any], Any]:
+def held_out(run: RunDir, recipe: Recipe, prompter: Prompter) -> tuple[list[Any], Any]:
     """The evaluation's rows, and the section that says how to read them."""
-    return read_rows(recipe, prompter)[0]["eval"]
+    return read_rows(recipe, prompter, run.path)[0]["eval"]
 
 
-def held_out_pairs(recipe: Recipe, prompter: Prompter, most: int) -> list[Pair]:
+def held_out_pairs(run: RunDir, recipe: Recipe, prompter: Prompter, most: int) -> list[Pair]:
     """The first held-out rows as prompts."""
-    rows, section = held_out(recipe, prompter)
+    rows, section = held_out(run, recipe, prompter)
     return [prompter.pair(row, section) for row in rows[:most]]
 
 
@@ -303,7 +303,7 @@ def merge(job: Job, dtype: torch.dtype) -> Any:
     lm = LM.load(section, job.recipe.base_dir)
     lm.load_adapter(job.run / "adapter")
     scale(lm.peft, job.strength)
-    pairs = held_out_pairs(job.recipe, job.prompter, ROWS)
+    pairs = held_out_pairs(job.run, job.recipe, job.prompter, ROWS)
     rows, before = [], []
     with torch.no_grad():
         for number, pair in enumerate(pairs, 1):

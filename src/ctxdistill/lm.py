@@ -653,6 +653,6 @@ def check_fit(lengths: Sequence[tuple[str, int]], window: int, what: str) -> Non
             f"{what} does not fit the model's window: {len(long)} of {len(lengths)} rows",
             expected=f"at most {window} tokens, answer included",
             found=f"{n} tokens ({where})",
-            fix="use fewer demonstrations (context.demos_limit), a shorter context, fewer max_new_tokens, or a model "
-            "with a larger window; nothing is cut in silence",
+            fix="use fewer demonstrations (context.demos_limit), documents in chunks (context.chunk_tokens), fewer "
+            "max_new_tokens, or a model with a larger window; nothing is cut in silence",
         )

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ctxdistill import evaluate as evaluation
-from ctxdistill import generic, losses, trackers
+from ctxdistill import generic, groups, losses, synthesis, trackers
 from ctxdistill import plan as planning
 from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
@@ -29,8 +30,8 @@ from ctxdistill.adapters import encoder_of, scale
 from ctxdistill.behaviour import Check, base_targets, behaviour, unrelated
 from ctxdistill.compose import compose
 from ctxdistill.crosstalk import groups_of, matrix
-from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe
-from ctxdistill.errors import DataError, GateError, ModelError, RunError
+from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe, synthesize
+from ctxdistill.errors import DataError, GateError, ModelError, RecipeError, RunError
 from ctxdistill.lm import LM, common_prefix
 from ctxdistill.policy import Rounds
 from ctxdistill.prompts import Pair, Prompter
@@ -73,7 +74,7 @@ def distill(
         )
     trackers.check(recipe.train.report_to)
     run = RunDir(out or Path("runs") / (recipe.name or "run"))
-    lm, prompter, rows = prepare(recipe)
+    lm, prompter, rows = prepare(recipe, run.path, progress)
     manifest = describe(recipe, lm, prompter, rows)
     run.claim(manifest["fingerprint"], resume=resume)
     try:
@@ -89,8 +90,9 @@ def distill(
                 fix='change the context or the queries, or go on all the same with gate.on_fail="warn"',
             )
         with timed(run, "label"):
+            judged = Counter[str]()
             examples, validation = (
-                make_examples(recipe, lm, prompter, rows.pairs[split], store, progress)
+                make_examples(recipe, lm, prompter, rows.pairs[split], store, progress, judged)
                 for split in ("train", "validation")
             )
             retained = keep_examples(recipe, lm, prompter, store)
@@ -108,11 +110,13 @@ def distill(
 
         with timed(run, "evaluate"):
             result = measure(recipe, lm, prompter, rows, store, run, ["distilled"], progress)
+        result["parts"] = groups.tables(prompter, rows, scores_of(run), examples)
         result |= {"gate": verdict, "training": summary(recipe, lm, prompter, run, state, examples)}
         seconds, tokens = spent(recipe, lm, run, examples, result)
         result |= {
             "cost": cost(recipe, result["table"], seconds, tokens),
-            "notes": notes(lm, prompter, rows, examples, recipe, state),
+            "notes": [*notes(lm, prompter, rows, examples, recipe, state), *acceptance(judged)],
+            "completions": dict(judged),
         }
         run.write_json("evaluation.json", result)
         reports.write_card(run.path)
@@ -124,9 +128,31 @@ def distill(
 
 def gate(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
     """Is there anything to teach? Measures the zero-shot and in-context arms; trains nothing, keeps nothing."""
-    lm, prompter, rows = prepare(recipe)
+    lm, prompter, rows = prepare(recipe, None, progress or no_progress)
     verdict = run_gate(recipe, lm, prompter, rows, None, None, progress or no_progress)
     return verdict | {"estimate": planning.predict(recipe, lm, rows, planning.measure(recipe, lm, prompter, rows))}
+
+
+def queries(
+    recipe: Recipe, out: str | Path | None = None, *, force: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Let the model write the queries that `queries.synthesize` asks for; returns the summary that is beside the file.
+
+    Args:
+        out: the file; unset: where `distill` looks for it.
+        force: replace a file that is there.
+
+    Raises: `RecipeError` when the recipe wants none, `RunError` when the file is there.
+    """
+    if not recipe.queries.synthesize:
+        raise RecipeError(
+            "the recipe wants no queries written", expected="how many", fix="queries.synthesize=200, for example"
+        )
+    file = Path(out) if out else synthesis.queries_file(recipe)
+    synthesis.refuse_overwrite(file, force)
+    prompter = Prompter(recipe, load_tokenizer(recipe.model, recipe.base_dir))
+    lm = None if recipe.synthesis.endpoint else LM.load(recipe.model, recipe.base_dir)
+    return synthesize(recipe, prompter, lm, file, progress or no_progress)
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -142,7 +168,7 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
     folder = RunDir.existing(run)
     old = folder.read_json("evaluation.json")
     recipe = stored_recipe(folder)
-    lm, prompter, rows = prepare(recipe)
+    lm, prompter, rows = prepare(recipe, folder.path)
     # the same model, context and rows as then, or the tables would mix two things
     folder.claim(describe(recipe, lm, prompter, rows)["fingerprint"], resume=True)
     try:
@@ -150,6 +176,8 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
         store = TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else folder / "targets")
         result = measure(recipe, lm, prompter, rows, store, folder, list(evaluation.ARMS), progress or no_progress)
         result |= {key: old[key] for key in ("gate", "training", "notes")}
+        made = make_examples(recipe, lm, prompter, rows.pairs["train"], store, no_progress)  # from the store
+        result["parts"] = groups.tables(prompter, rows, scores_of(folder), made)
         result["cost"] = cost(recipe, result["table"], old["cost"]["seconds"], old["cost"]["training_tokens"])
         folder.write_json("evaluation.json", result)
         reports.write_card(folder.path)
@@ -230,7 +258,7 @@ def run_gate(
     pairs = rows.pairs["eval"]
     if run and (run / "gate.json").exists():
         # measured before; judged again, since the recipe may now ask for less
-        known = {arm: [s for s in run.read_jsonl("scores.jsonl") if s["arm"] == arm] for arm in evaluation.ARMS[:2]}
+        known = scores_of(run, evaluation.ARMS[:2])
         if all(len(scores) == len(pairs) for scores in known.values()):
             verdict = evaluation.gate_verdict(known, pairs, lm, recipe)
             run.write_json("gate.json", verdict)
@@ -251,15 +279,41 @@ def run_gate(
 
 
 def make_examples(
-    recipe: Recipe, lm: LM, prompter: Prompter, pairs: Sequence[Pair], store: TargetStore, progress: Progress
+    recipe: Recipe,
+    lm: LM,
+    prompter: Prompter,
+    pairs: Sequence[Pair],
+    store: TargetStore,
+    progress: Progress,
+    judged: Counter[str] | None = None,
 ) -> list[Example]:
-    """Ask the teacher about the queries; an `Example` for each completion."""
+    """Ask the teacher about the queries; an `Example` for each completion that is accepted. `judged` counts the fates.
+
+    Raises: `DataError` when none is accepted.
+    """
     if not pairs:
         return []
+    judged = Counter() if judged is None else judged
     made = label(lm, prompter, pairs, recipe, store, progress=progress)
-    return [
-        Example(pair.id, pair.student, target) for pair, targets in zip(pairs, made, strict=True) for target in targets
-    ]
+    checker = recipe.completions.checker
+    check = evaluation.load_function(checker, recipe, "completions.checker") if checker else None
+    examples = []
+    for pair, target in ((pair, target) for pair, targets in zip(pairs, made, strict=True) for target in targets):
+        fate = "accepted"
+        if not target.ids:
+            fate = "no answer found by completions.extract"
+        elif check and not check(prompter.answer(target.ids), prompter.reference(pair.answer), pair.fields):
+            fate = f"rejected by {checker}"
+        judged[fate] += 1
+        if fate == "accepted":
+            examples.append(Example(pair.id, pair.student, target))
+    if not examples:
+        raise DataError(
+            "none of the teacher's completions is accepted",
+            found=", ".join(f"{fate} {n}" for fate, n in judged.items()),
+            fix="look at what the teacher writes (ctxdistill gate, or try), then change the pattern or the checker",
+        )
+    return examples
 
 
 def keep_examples(recipe: Recipe, lm: LM, prompter: Prompter, store: TargetStore) -> list[Example]:
@@ -284,7 +338,7 @@ def measure(
     """Score `arms`, keep the stored scores of the others, time all of them side by side, make the tables."""
     pairs = rows.pairs["eval"]
     targets = evaluation.teacher_targets(lm, prompter, pairs, recipe, store, progress)
-    scores = {arm: [s for s in run.read_jsonl("scores.jsonl") if s["arm"] == arm] for arm in evaluation.ARMS}
+    scores = scores_of(run, evaluation.ARMS)
     for arm in arms:
         scores[arm] = evaluation.score_arm(arm, lm, prompter, pairs, targets, recipe, progress=progress)
     run.write_jsonl("scores.jsonl", [score for arm in scores.values() for score in arm])
@@ -297,6 +351,20 @@ def measure(
         check = Check(recipe, lm, prompter, store)
         found["crosstalk"] = matrix(check, groups_of(recipe, prompter, rows), progress)
     return found
+
+
+def acceptance(judged: Counter[str]) -> list[str]:
+    """How many completions were accepted, where any was not."""
+    asked, good = judged.total(), judged["accepted"]
+    others = [f"{fate} {n}" for fate, n in judged.items() if fate != "accepted"]
+    text = f"{good} of the teacher's {asked} completions were accepted ({100 * good / max(1, asked):.1f} %)"
+    return [f"{text}: {', '.join(others)}"] if others else []
+
+
+def scores_of(run: RunDir, arms: Sequence[str] = evaluation.ARMS) -> dict[str, list[evaluation.Score]]:
+    """The stored scores of each of `arms`, maybe none."""
+    scores = run.read_jsonl("scores.jsonl")
+    return {arm: [s for s in scores if s["arm"] == arm] for arm in arms}
 
 
 def save_prompts(run: RunDir, prompter: Prompter, rows: Data, examples: Sequence[Example], most: int = 200) -> None:
@@ -333,6 +401,7 @@ __all__ = [
     "gate",
     "load_student",
     "plan",
+    "queries",
     "report",
     "show",
     "try_text",

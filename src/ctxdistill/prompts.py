@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ctxdistill import rows as data
+from ctxdistill.chunks import Chunk, Count, nearest_chunk, split_document
 from ctxdistill.errors import DataError, ModelError, RecipeError
 from ctxdistill.recipe import DataSection, Recipe, fields_of
 from ctxdistill.rows import Row
@@ -41,6 +42,11 @@ class Pair:
     fields: Mapping[str, Any]
 
 
+def said(message: Message) -> str:
+    """A message's text; empty for one that only calls a tool."""
+    return str(message.get("content") or "")
+
+
 def join(prompt: Sequence[int], completion: Sequence[int]) -> tuple[list[int], int]:
     """The model input for a prompt and the completion after it, and the number of supervised tokens at its end."""
     if not completion:
@@ -53,24 +59,47 @@ class Context:
     """What the teacher sees and the student does not, as read from the files that the recipe names."""
 
     system: str | None
+    """The system text, documents included unless they are in chunks."""
     messages: tuple[Message, ...]
     demos: tuple[Row, ...]
+    chunks: tuple[Chunk, ...] = ()
+    """The documents in chunks, of which each row sees its own."""
+    documents: Mapping[str, str] = field(default_factory=dict)
+    """Name -> text."""
 
     @classmethod
-    def read(cls, recipe: Recipe) -> Context:
-        """Raises `DataError` or `RecipeError` when a part cannot be read."""
+    def read(cls, recipe: Recipe, count: Count) -> Context:
+        """Raises `DataError` or `RecipeError` when a part cannot be read; `count` tells the number of tokens of a text."""
         c = recipe.context
         parts = [c.system] if c.system is not None else []
         if c.system_file:
             parts.append(data.read_text(c.system_file, recipe, "context.system_file").strip())
-        documents = {name: data.read_text(name, recipe, "context.documents").strip() for name in c.documents}
-        parts += [f"# {recipe.path(name).name}\n\n{text}" for name, text in documents.items()]
+        base = [recipe.path(name).name for name in c.documents]
+        documents = {
+            own if base.count(own) == 1 else name: data.read_text(name, recipe, "context.documents").strip()
+            for own, name in zip(base, c.documents, strict=True)
+        }
+        chunks: list[Chunk] = []
+        if c.chunk_tokens:
+            for name, text in documents.items():
+                chunks += split_document(text, name, c.chunk_tokens, c.chunk_overlap, count)
+        else:
+            parts += [_headed(name, text) for name, text in documents.items()]
         messages = data.read_messages(c.messages, recipe, "context.messages") if c.messages else []
         demos: Sequence[Row] = ()
         if c.demos:
             section = recipe.queries.model_copy(update={"data": c.demos, "limit": c.demos_limit, "messages": None})
             demos = data.read(section, recipe, "context.demos", answers="required").rows
-        return cls("\n\n".join(parts) if parts else None, tuple(messages), tuple(demos))
+        system = "\n\n".join(parts) if parts else None
+        return cls(system, tuple(messages), tuple(demos), tuple(chunks), documents)
+
+    def with_chunk(self, chunk: Chunk) -> str:
+        """The system text of a row that sees this chunk."""
+        return "\n\n".join([*([self.system] if self.system else []), _headed(chunk.title, chunk.text)])
+
+
+def _headed(title: str, text: str) -> str:
+    return f"# {title}\n\n{text}"
 
 
 class Prompter:
@@ -82,7 +111,7 @@ class Prompter:
 
     def __init__(self, recipe: Recipe, tokenizer: Any, context: Context | None = None) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
-        self.context = Context.read(recipe) if context is None else context
+        self.context = Context.read(recipe, self.count) if context is None else context
         if recipe.prompt.style == "chat" and not tokenizer.chat_template:
             raise ModelError(
                 f"the tokenizer of {recipe.model.name} has no chat template",
@@ -94,6 +123,10 @@ class Prompter:
         self._check_labels()
 
     # -- words to ids -------------------------------------------------------------------------------------------------
+
+    def count(self, text: str) -> int:
+        """Number of tokens of `text` alone."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a piece of text, nothing added.
@@ -153,6 +186,35 @@ class Prompter:
             text = text.split(self.stop_text)[0]
         return text.strip()
 
+    def answer(self, ids: Sequence[int]) -> str:
+        """The answer in completion ids: what `completions.extract` finds in them, or all of their text."""
+        pattern = self.recipe.completions.extract
+        parts = self.split_answer(ids, re.compile(pattern, re.DOTALL)) if pattern else None
+        return self.text(parts[1] if parts else ids)
+
+    def split_answer(self, ids: Sequence[int], pattern: re.Pattern[str]) -> tuple[list[int], tuple[int, ...]] | None:
+        """(the thoughts, the answer with its end) in what the teacher wrote: the group of the last match of `pattern`, as
+        the teacher's own tokens; white space before it is part of the answer where it is part of its first token.
+
+        Returns: None where there is no match, an empty one, or one that begins or ends inside a token.
+        """
+
+        def length(n: int) -> int:
+            return len(self.tokenizer.decode(list(ids[:n]), skip_special_tokens=True))
+
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        found = list(pattern.finditer(text))
+        if not found or not (found[-1][1] or "").strip():
+            return None
+        start, end = found[-1].span(1)
+        start, end = end - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())
+        lengths = [length(n) for n in range(len(ids) + 1)]
+        first = max(n for n, place in enumerate(lengths) if place <= start)
+        last = min(n for n, place in enumerate(lengths) if place >= end)
+        if text[lengths[first] : start].strip() or text[end : lengths[last]].strip():
+            return None
+        return list(ids[:first]), (*ids[first:last], *self.end)
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Each token as text, special ones visible."""
         return [str(self.tokenizer.decode([i])) for i in ids]
@@ -200,7 +262,7 @@ class Prompter:
     def query_text(self, row: Row, section: DataSection) -> str:
         """The query as text, for people and for comparing rows."""
         if section.messages:
-            return "\n".join(str(m["content"]) for m in self._messages(row, section.messages))
+            return "\n".join(said(m) for m in self._messages(row, section.messages))
         return self.recipe.prompt.pattern.format_map(data.values(row, section))
 
     def pair(self, row: Row, section: DataSection) -> Pair:
@@ -225,7 +287,36 @@ class Prompter:
         if self.recipe.context.column or self.recipe.context.teacher_prompt:
             raise RecipeError("each row of this recipe has a context of its own; a new text has none")
         section = self.recipe.queries.model_copy(update={"messages": None, "prompt": "prompt"})
-        return self.pair(Row(id="typed", fields={"prompt": text}, origin="typed"), section)
+        fields = {"prompt": text}
+        if self.context.chunks:  # nobody said which
+            fields[self.recipe.context.chunk_column] = nearest_chunk(text, self.context.chunks).name
+        return self.pair(Row(id="typed", fields=fields, origin="typed"), section)
+
+    def chunk_of(self, row: Row, section: DataSection) -> Chunk | None:
+        """The chunk that the teacher reads with this row; None where documents are not in chunks.
+
+        Raises: `DataError` when the row names none, or one that does not exist.
+        """
+        c, chunks = self.recipe.context, {chunk.name: chunk for chunk in self.context.chunks}
+        if not chunks:
+            return None
+        name = row.fields.get(c.chunk_column)
+        if name is None and c.chunk_bind == "words":
+            return nearest_chunk(self.query_text(row, section), self.context.chunks)
+        if name not in chunks:
+            shown = list(chunks)[:6]
+            raise DataError(
+                f"{row.origin}: the documents are in chunks, and the query names none of them",
+                expected=f"{c.chunk_column!r} with one of {', '.join(shown)}{', ...' if len(chunks) > len(shown) else ''}",
+                found=repr(name)[:80] if name is not None else "no such column",
+                fix='name the chunk, or let the words decide: context.chunk_bind = "words"',
+            )
+        return chunks[name]
+
+    def _system(self, row: Row, section: DataSection) -> str | None:
+        """The teacher's system text for a row, without the row's own."""
+        chunk = self.chunk_of(row, section)
+        return self.context.system if chunk is None else self.context.with_chunk(chunk)
 
     def served(self, messages: list[Message], system: str | None = None) -> tuple[int, ...]:
         """The prompt for messages as they are, behind `system` or else behind what the student keeps; in the text style,
@@ -248,7 +339,7 @@ class Prompter:
         if (
             isinstance(value, list)
             and value
-            and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+            and all(isinstance(m, dict) and "role" in m and ("content" in m or m.get("tool_calls")) for m in value)
         ):
             return value
         raise DataError(
@@ -273,7 +364,7 @@ class Prompter:
             )
         return messages
 
-    def _demo_messages(self, demos: Sequence[Row]) -> list[Message]:
+    def demo_messages(self, demos: Sequence[Row]) -> list[Message]:
         """Demonstrations as turns."""
         return [
             message
@@ -288,10 +379,12 @@ class Prompter:
         """(messages before the query, the query's messages), a system message first if there is one."""
         c = self.recipe.context
         query = self._query_messages(row, section)
+        if teacher and (told := self.recipe.completions.scratchpad):
+            query = [*query[:-1], {**query[-1], "content": f"{said(query[-1])}\n\n{told}"}]
         if teacher and c.teacher_prompt:
             return [], self._asks(row, self._messages(row, c.teacher_prompt))
         own: list[Message] = []
-        system = self.context.system if teacher else c.student_system
+        system = self._system(row, section) if teacher else c.student_system
         if teacher and c.column:
             value = row.fields.get(c.column)
             if isinstance(value, str):
@@ -299,9 +392,9 @@ class Prompter:
             else:
                 own = self._messages(row, c.column)
         if teacher:
-            before = [*self.context.messages, *self._demo_messages(self.context.demos), *own]
+            before = [*self.context.messages, *self.demo_messages(self.context.demos), *own]
         else:
-            before = self._demo_messages(self.kept_demos)
+            before = self.demo_messages(self.kept_demos)
         head = [{"role": "system", "content": system}] if system is not None else []
         loose = [m for m in [*before, *query] if m["role"] == "system"]
         if len(head) + len(loose) > 1:
@@ -323,7 +416,7 @@ class Prompter:
         demos: Sequence[Row] = ()
         if teacher:
             own = [self._plain(row, c.column)] if c.column else []
-            parts = [part for part in (self.context.system, *own, p.instruction) if part]
+            parts = [part for part in (self._system(row, section), *own, p.instruction) if part]
             demos = self.context.demos
         else:
             parts = [p.student_instruction] if p.student_instruction else []
@@ -345,7 +438,7 @@ class Prompter:
     def _render(self, messages: list[Message], generation: bool, *, teacher: bool, tokenize: bool = True) -> Any:
         """The template's text or ids. Both come from the one call, so ids are never made from rendered text here."""
         p = self.recipe.prompt
-        kwargs = {**p.template_kwargs, **(p.teacher_template_kwargs if teacher else {})}
+        kwargs = {**p.template_kwargs, **(p.teacher_template_kwargs if teacher else p.student_template_kwargs)}
         try:
             out = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=generation, tokenize=tokenize, return_dict=False, **kwargs
@@ -375,6 +468,38 @@ class Prompter:
             )
         return ids
 
+    def template_notes(self) -> list[str]:
+        """What the chat template writes at the start of an answer, where that is a think block or differs between the
+        sides: such text is part of the prompt and never supervised."""
+        if self.recipe.prompt.style == "text":
+            return []
+        probe = [{"role": "user", "content": "a"}]
+        starts = {}
+        for side in ("teacher", "student"):
+            whole, before = (
+                self._render(probe, generation, teacher=side == "teacher", tokenize=False)
+                for generation in (True, False)
+            )
+            starts[side] = whole.removeprefix(before)
+        found = [
+            f"the chat template begins the {side}'s answer with {' '.join(start.split())!r}; it is part of the prompt and "
+            "is not supervised"
+            for side, start in starts.items()
+            if "think>" in start
+        ]
+        if len(set(starts.values())) > 1:
+            found.append(
+                "teacher and student begin their answers differently, so the student learns to answer as a teacher that was "
+                "asked in another way; serve it with the student's template arguments, which the adapter card shows"
+            )
+        thinks = "enable_thinking" in (self.tokenizer.chat_template or "") and "think>" not in starts["teacher"]
+        if thinks and self.recipe.completions.source == "teacher":
+            found.append(
+                "the teacher may think before it answers, and its thoughts are taught, too: switch them off with "
+                "prompt.teacher_template_kwargs = { enable_thinking = false }"
+            )
+        return found
+
     # -- what people look at ------------------------------------------------------------------------------------------
 
     def parts(self, row: Row, section: DataSection, *, teacher: bool) -> list[Part]:
@@ -390,7 +515,7 @@ class Prompter:
         messages = [*earlier, *asked]
         text = self._render(messages, True, teacher=teacher, tokenize=False)
         # Marks in place of the contents tell exactly what the template wrote around them.
-        marked = [{**m, "content": f"\ue000{i}\ue000"} for i, m in enumerate(messages)]
+        marked = [{**m, "content": f"\ue000{i}\ue000"} if said(m) else m for i, m in enumerate(messages)]
         pieces = self._render(marked, True, teacher=teacher, tokenize=False).split("\ue000")
         parts: list[Part] = []
         for i, piece in enumerate(pieces):
@@ -422,9 +547,9 @@ class Prompter:
     def check_no_leak(self, row: Row, section: DataSection) -> None:
         """Raise `DataError` if the student's prompt holds a piece of the context that the recipe does not let it keep."""
         c = self.recipe.context
-        keep = {str(m["content"]) for m in self._demo_messages(self.kept_demos)}
-        pieces = [str(m["content"]) for m in (*self.context.messages, *self._demo_messages(self.context.demos))]
-        pieces += [self.context.system or "", self.recipe.prompt.instruction]
+        keep = {str(m["content"]) for m in self.demo_messages(self.kept_demos)}
+        pieces = [said(m) for m in (*self.context.messages, *self.demo_messages(self.context.demos))]
+        pieces += [self.context.system or "", self.recipe.prompt.instruction, *(k.text for k in self.context.chunks)]
         own = row.fields.get(c.column) if c.column else None
         pieces += [own] if isinstance(own, str) else []
         prompt = "".join(text for text, _ in self.parts(row, section, teacher=False))
@@ -473,4 +598,5 @@ class Prompter:
     def fingerprint(self) -> str:
         """Hash of the context."""
         c = self.context
-        return fingerprint([c.system, c.messages, [r.fields for r in c.demos], self.recipe.prompt.instruction])
+        chunks = [[[k.name, k.text] for k in c.chunks]] if c.chunks else []
+        return fingerprint([c.system, c.messages, [r.fields for r in c.demos], self.recipe.prompt.instruction, *chunks])

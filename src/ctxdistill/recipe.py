@@ -7,6 +7,7 @@ once, at its attribute, and its docstring is the reference documentation (`docs/
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -73,10 +74,68 @@ class DataSection(Section):
     """What `messages` holds. `query`: what both sides see, the question last. `answered`: behind it the assistant's answer,
     which becomes the column `answer`. `conversation`, as in fine-tuning files: also a first system turn, which the student
     does not see; it must be `context.system`, or `context.column = "system"` makes it each row's context."""
+    taught: Literal["last", "every"] = "last"
+    """Where `messages` hold answers: `last` teaches the last assistant's turn, `every` each one, as a row of its own that
+    ends before it."""
     answer: str = "answer"
     """Column with the reference answer. Rows without it can be trained on, but not scored for accuracy."""
     duplicates: Literal["error", "drop"] = "error"
     """What to do with rows whose query already occurred. `drop` keeps the first and reports how many were dropped."""
+
+
+class QueriesSection(DataSection):
+    """What the student is asked in training. Rows that you give (`data`), rows that the model writes from the context
+    (`synthesize`), or both. Columns are named, never guessed."""
+
+    synthesize: NotNegative = 0
+    """Let the model write so many queries from the context alone; `[synthesis]` says how. They are in a file that you can
+    read and change before training (`ctxdistill queries`)."""
+
+
+SeedKind = Literal["question", "summarise", "use", "structure", "contradict", "creative", "request"]
+
+
+class SynthesisSection(Section):
+    """How queries are written from the context (`queries.synthesize`): each from one chunk of it, about one of its
+    sentences, by one kind of seed prompt. No rows with a context of their own (`context.column`)."""
+
+    kinds: list[SeedKind] = []
+    """Kinds of seed prompt, in turn (one named twice gets twice as many): `question` on a passage, `summarise`, `use` it in
+    a task, `structure` it (list, table), `contradict` it, `creative`; `request` is what a user of the described assistant
+    would send. Empty: the first six where there are documents, else `request`, `question`, `use`, `contradict` and
+    `creative`."""
+    chunk_tokens: Annotated[int, Field(ge=32)] = 256
+    """Longest piece of the context that a query is written from. Shorter than what the teacher reads: more even cover,
+    and small models lose less of it."""
+    per_chunk: NotNegative = 0
+    """Most queries from one chunk; 0: as many as its share of the text."""
+    attempts: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 4.0
+    """Most candidates per wanted query. A chunk that has no more to give ends with fewer queries, which is said."""
+    similarity: AboveZero = 0.7
+    """A candidate is dropped when its word 3-grams are this similar (shared / all) to those of another query,
+    demonstration or held-out row; above 1 drops equal ones only."""
+    temperature: AtLeastZero = 0.7
+    """Sampling temperature of the writer. Small models need a low one."""
+    max_new_tokens: Positive = 64
+    """Longest candidate."""
+    seed: int = 0
+    """Seed of the sentences chosen and of sampling."""
+    held_out: Literal["query", "chunk"] = "query"
+    """What is split into training, validation and, without `eval.data`, evaluation: `query`, so that all chunks are
+    taught, or `chunk`, so that all queries of a chunk are on one side."""
+    file: str | None = None
+    """Where the queries are. Unset: `queries.jsonl` in the run folder. A file that is there is used as it is."""
+    endpoint: str | None = None
+    """Base URL of an OpenAI-compatible server (vLLM, for example) that writes instead of the local model, such as
+    `http://localhost:8000/v1`."""
+    endpoint_model: str | None = None
+    """The model's name there."""
+    key_variable: str | None = None
+    """Name of the environment variable that holds the server's API key. The key itself never goes into a recipe."""
+    retries: NotNegative = 5
+    """How often a request is tried again, after 1, 2, 4, ... seconds or what the server says."""
+    timeout: AboveZero = 120.0
+    """Seconds to wait for an answer."""
 
 
 class ContextSection(Section):
@@ -89,6 +148,16 @@ class ContextSection(Section):
     """System prompt, as a text file."""
     documents: list[str] = []
     """Text files that are put into the system prompt after the system text, each under its file name."""
+    chunk_tokens: NotNegative = 0
+    """Split the documents into chunks of at most so many tokens, by paragraphs, then sentences: for each query the teacher
+    reads the one chunk that the query is about, and the student learns from all. 0: the teacher reads all documents whole."""
+    chunk_overlap: NotNegative = 32
+    """Tokens that a chunk may repeat of the end of the one before."""
+    chunk_column: str = "chunk"
+    """The column that names a query's chunk, such as `handbook.md:2`. Written queries have it."""
+    chunk_bind: Literal["column", "words"] = "column"
+    """A query without that column is an error (`column`), or belongs to the chunk with which it shares most words, rare
+    ones counting more (`words`)."""
     messages: str | None = None
     """A JSON or JSONL file with a message history (`role`, `content`)."""
     demos: str | None = None
@@ -136,6 +205,8 @@ class PromptSection(Section):
     """Extra arguments of the chat template for both sides, for example `{ enable_thinking = false }`."""
     teacher_template_kwargs: dict[str, Any] = {}
     """Extra arguments of the chat template for the teacher's prompt only."""
+    student_template_kwargs: dict[str, Any] = {}
+    """Extra arguments of the chat template for the student's prompt only."""
 
 
 class CompletionsSection(Section):
@@ -149,6 +220,17 @@ class CompletionsSection(Section):
     """Completions per query (more than one needs a temperature above 0)."""
     max_new_tokens: Positive = 128
     """Longest completion. The number of completions that hit it without EOS is reported."""
+    scratchpad: str = ""
+    """Put behind the query in the teacher's prompt only, such as `Think step by step. Then write "Answer:" and the answer.`
+    Give `max_new_tokens` the room."""
+    extract: str | None = None
+    """A regular expression with one group: where the answer is in what the teacher wrote (its last match). A training
+    completion in which it is not found is rejected, which is counted."""
+    teach: Literal["answer", "all"] = "answer"
+    """With `extract`: the student learns the answer alone, on which the teacher is asked behind its own thoughts, or all."""
+    checker: str | None = None
+    """Your own `module:function` that takes (answer as the teacher wrote it, reference answer, row) and says whether to
+    train on it. The report has the acceptance rate."""
     supervise_end: bool = True
     """Teach where the answer ends, too. Turn off to teach the label position alone, as some papers do."""
 
@@ -253,8 +335,12 @@ class EvalSection(DataSection):
     share: Fraction = 0.15
     """Without `data`: share of the queries that is held out."""
     metrics: list[str] = []
-    """Any of `exact_match`, `format`, `field_accuracy`, `label_accuracy`, `macro_f1`, or your own `module:function`
-    that takes (prediction, answer, row) and returns a number. Empty: all built-in ones that the data allows."""
+    """Any of `exact_match`, `format`, `field_accuracy`, `label_accuracy`, `macro_f1`; `squad_exact` and `squad_f1`, which
+    compare words without case, punctuation and articles, with the best of a row's `answers` (a list) if it has several; or
+    your own `module:function` that takes (prediction, answer, row) and returns a number. Empty: all of the first five that
+    the data allows."""
+    group: str | None = None
+    """A column of the held-out rows by whose values the results are shown, too."""
     format: str | None = None
     """A regular expression that a well-formed answer matches as a whole. Its named groups are the fields of `field_accuracy`."""
     max_new_tokens: Positive = 128
@@ -312,7 +398,8 @@ class Recipe(Section):
     model: ModelSection
     context: ContextSection = ContextSection()
     prompt: PromptSection = PromptSection()
-    queries: DataSection
+    queries: QueriesSection
+    synthesis: SynthesisSection = SynthesisSection()
     completions: CompletionsSection = CompletionsSection()
     targets: TargetsSection = TargetsSection()
     lora: LoraSection = LoraSection()
@@ -362,7 +449,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         """Contradictions between sections; all of them are collected and reported in one message."""
-        problems = [*self._context(), *self._prompt(), *self._training(), *self._evaluation()]
+        problems = [*self._context(), *self._prompt(), *self._written(), *self._training(), *self._evaluation()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -390,13 +477,47 @@ class Recipe(Section):
             problems.append(
                 f"context.student_demos = {c.student_demos} is more than context.demos_limit = {c.demos_limit}"
             )
+        if c.chunk_tokens and not c.documents:
+            problems.append("context.chunk_tokens splits context.documents, and there are none")
+        if c.chunk_tokens and c.chunk_tokens < 32:
+            problems.append(f"context.chunk_tokens: expected 0 or at least 32, found {c.chunk_tokens}")
+        if c.chunk_tokens and 2 * c.chunk_overlap > c.chunk_tokens:
+            problems.append(
+                f"context.chunk_overlap: expected at most half of context.chunk_tokens = {c.chunk_tokens}, found {c.chunk_overlap}"
+            )
+        return problems
+
+    def _written(self) -> list[str]:
+        q, s, problems = self.queries, self.synthesis, list[str]()
+        if not q.synthesize:
+            changed = [key for key in type(s).model_fields if getattr(s, key) != getattr(SynthesisSection(), key)]
+            return [f"synthesis.{key} has no effect without queries.synthesize" for key in changed[:1]]
+        own = [f"context.{key}" for key in ("column", "teacher_prompt") if getattr(self.context, key)]
+        other = [*own, *(["queries.messages"] if q.messages else [])]
+        if self.completions.source == "data":
+            other.append('completions.source = "data"')
+        with contextlib.suppress(ValueError):  # a broken pattern is another problem
+            if not fields_of(self.prompt.pattern) <= {"prompt", q.prompt}:
+                other.append(f"prompt.pattern = {self.prompt.pattern!r}")
+        if other:
+            problems.append(
+                f"queries.synthesize writes one text per row and no answer, so it excludes {', '.join(other)}"
+            )
+        if bool(s.endpoint) != bool(s.endpoint_model):
+            problems.append("synthesis.endpoint and synthesis.endpoint_model belong together; one is missing")
+        if s.endpoint and not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s?#]*)?", s.endpoint):
+            problems.append(
+                f"synthesis.endpoint: expected http(s)://host/path without user name and query, found {s.endpoint!r}"
+            )
+        if s.key_variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", s.key_variable):
+            problems.append("synthesis.key_variable: expected the name of an environment variable, not a key")
         return problems
 
     def _prompt(self) -> list[str]:
         c, p, problems = self.context, self.prompt, list[str]()
         ignored = {
             "chat": ("instruction", "student_instruction", "separator", "stop"),
-            "text": ("template_kwargs", "teacher_template_kwargs"),
+            "text": ("template_kwargs", "teacher_template_kwargs", "student_template_kwargs"),
         }
         if lost := [key for key in ignored[p.style] if getattr(p, key) != type(p).model_fields[key].default]:
             other = "text" if p.style == "chat" else "chat"
@@ -407,6 +528,11 @@ class Recipe(Section):
             problems.append(
                 'prompt.style = "text" has no roles: queries.messages and eval.messages need prompt.style = "chat"'
             )
+        for name, section in (("queries", self.queries), ("eval", self.eval)):
+            if section.taught == "every" and section.turns == "query":
+                problems.append(
+                    f'{name}.taught = "every" needs {name}.messages that hold answers: {name}.turns = "answered" or "conversation"'
+                )
         if p.style == "text" and (c.messages or c.system or c.system_file or c.student_system is not None):
             problems.append(
                 'prompt.style = "text" has no roles: system and messages cannot be rendered; use prompt.instruction and '
@@ -439,8 +565,8 @@ class Recipe(Section):
 
     def _training(self) -> list[str]:
         p, problems = self.prompt, list[str]()
-        if self.queries.data is None:
-            problems.append("queries.data: missing; expected a data file or hub:owner/name")
+        if self.queries.data is None and not self.queries.synthesize:
+            problems.append("queries.data: missing; expected a data file or hub:owner/name (or queries.synthesize)")
         if self.completions.source == "label" and not p.label_words:
             problems.append('completions.source = "label" needs prompt.label_words')
         if self.completions.samples > 1 and self.completions.temperature == 0:
@@ -468,8 +594,29 @@ class Recipe(Section):
             problems.append(
                 "completions.supervise_end = false needs train.on_policy = 0: the student's end is supervised"
             )
+        problems += self._thoughts()
         if not self.completions.supervise_end and self.completions.source == "teacher":
             problems.append('completions.supervise_end = false needs completions.source = "data" or "label"')
+        return problems
+
+    def _thoughts(self) -> list[str]:
+        c, problems = self.completions, list[str]()
+        if c.source != "teacher" and (c.scratchpad or c.extract):
+            problems.append('completions.scratchpad and extract need completions.source = "teacher"')
+        if (c.scratchpad or c.extract) and (self.prompt.style == "text" or self.prompt.label_words):
+            problems.append('completions.scratchpad and extract need prompt.style = "chat" and no prompt.label_words')
+        if c.scratchpad and self.context.teacher_prompt:
+            problems.append(
+                "completions.scratchpad: put it into context.teacher_prompt, which is the teacher's whole prompt"
+            )
+        if c.extract is not None:
+            try:
+                groups = re.compile(c.extract).groups
+                problems += [] if groups == 1 else [f"completions.extract: expected one group (...), found {groups}"]
+            except re.error as error:
+                problems.append(f"completions.extract is not a regular expression: {error}")
+        if c.checker is not None and not re.fullmatch(r"[\w.]+:\w+", c.checker):
+            problems.append(f"completions.checker: expected module:function, found {c.checker!r}")
         return problems
 
     def _evaluation(self) -> list[str]:
@@ -481,7 +628,7 @@ class Recipe(Section):
                 re.compile(self.eval.format)
             except re.error as error:
                 problems.append(f"eval.format is not a regular expression: {error}")
-        known = {"exact_match", "format", "field_accuracy", "label_accuracy", "macro_f1"}
+        known = {"exact_match", "format", "field_accuracy", "label_accuracy", "macro_f1", "squad_exact", "squad_f1"}
         for metric in self.eval.metrics:
             if metric not in known and not re.fullmatch(r"[\w.]+:\w+", metric):
                 problems.append(

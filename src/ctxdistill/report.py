@@ -11,7 +11,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from markupsafe import Markup
 from ctxdistill.errors import RunError
 from ctxdistill.results import (
     HEAT,
+    METRICS,
     NO_VALUE,
     Data,
     arm_label,
@@ -209,6 +210,7 @@ def _view(folder: RunDir) -> Data:
         "examples": examples(folder.read_jsonl("scores.jsonl"), evaluation),
         "heat": [f"below {HEAT[0]:g}", *(f"{a:g} to {b:g}" for a, b in pairwise(HEAT)), f"{HEAT[-1]:g} and more"],
         "comparisons": [_comparison(pair) for pair in evaluation.get("comparisons") or []],
+        "parts": [_parts(title, table, evaluation) for title, table in (evaluation.get("parts") or {}).items()],
         "recipe_json": json.dumps(recipe["recipe"], indent=2, ensure_ascii=False),
         "explicit": recipe.get("explicit") or [],
         "notes": evaluation.get("notes") or [],
@@ -298,6 +300,22 @@ def _comparison(pair: Data) -> Data:
         "p": NO_VALUE if not finite(p) else "< 0.001" if p < 0.001 else f"{p:.3f}",
         "reading": reading,
     }
+
+
+def _parts(title: str, table: Sequence[Data], evaluation: Data) -> Data:
+    """What each chunk, or each value of a column, contributed: `title`, `head`, `rows` of texts."""
+    known = dict.fromkeys(m for row in table for found in row["metrics"].values() for m in found)
+    metrics = [*(m for m in METRICS if m in known), *(m for m in known if m not in METRICS)]
+    arms = evaluation["arms"]
+    head = [title, "rows trained", "tokens trained", "held-out rows", "KL before", "KL after"]
+    head += [f"{metric_label(m)}, {arm_label(arm)}" for m in metrics for arm in arms]
+    rows = []
+    for row in table:
+        texts = [row["part"], *(_text(row[key]) for key in ("train_rows", "train_tokens", "rows"))]
+        texts += [cells("kl", {"mean": row[key]}) for key in ("kl_before", "kl_after")]
+        texts += [cells(m, {"mean": row["metrics"].get(arm, {}).get(m)}) for m in metrics for arm in arms]
+        rows.append(texts)
+    return {"title": title, "head": head, "rows": rows}
 
 
 def _facts(recipe: Data) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -125,7 +125,7 @@ def _split_turns(record: Record, section: DataSection, recipe: Recipe, problems:
     if not isinstance(turns, list) or not turns or not all(isinstance(m, dict) for m in turns):
         return record  # `_check` says what is wrong with it
     found: Fields = {}
-    if turns[-1].get("role") == "assistant":
+    if section.taught == "last" and turns[-1].get("role") == "assistant":
         found[section.answer], turns = turns[-1].get("content"), turns[:-1]
     if section.turns == "conversation" and turns and turns[0].get("role") == "system":
         found["system"], turns = turns[0].get("content"), turns[1:]
@@ -178,16 +178,18 @@ def drop_duplicates(rows: Sequence[Row], key: Callable[[Row], str]) -> tuple[lis
     return list(firsts.values()), len(repeated)
 
 
-def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(kept, held out), both in their order: `share` of the rows is held out, chosen by hash of seed and id.
+def split(
+    rows: Sequence[Row], share: float, seed: int, group: Callable[[Row], str] = lambda row: row.id
+) -> tuple[list[Row], list[Row]]:
+    """(kept, held out), both in their order: `share` of the groups is held out, chosen by hash of seed and group.
 
-    The choice depends on content and not on position, and changes little when rows are added. Rows with the same id
-    stay together. With a share above 0 and at least two different rows, neither side is empty.
+    The choice depends on content and not on position, and changes little when rows are added. Rows of one `group` (by
+    default: with the same id) stay together. With a share above 0 and at least two groups, neither side is empty.
     """
-    ids = sorted({row.id for row in rows}, key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
-    count = min(max(1, round(share * len(ids))), len(ids) - 1) if share > 0 and ids else 0
-    held = set(ids[:count])
-    return [row for row in rows if row.id not in held], [row for row in rows if row.id in held]
+    groups = sorted({group(row) for row in rows}, key=lambda g: hashlib.sha256(f"{seed}:{g}".encode()).digest())
+    count = min(max(1, round(share * len(groups))), len(groups) - 1) if share > 0 and groups else 0
+    held = set(groups[:count])
+    return [row for row in rows if group(row) not in held], [row for row in rows if group(row) in held]
 
 
 def read_text(name: str, recipe: Recipe, what: str) -> str:
@@ -546,7 +548,8 @@ def _message_problems(message: Any) -> list[str]:
     problems = []
     if message.get("role") not in ROLES:
         problems.append(f"role: expected one of {', '.join(ROLES)}, found {_short(message.get('role'))}")
-    if not isinstance(message.get("content"), str):
+    calls = message.get("role") == "assistant" and message.get("tool_calls")  # then there may be no text
+    if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
         problems.append(f"content: expected a text, found {_short(message.get('content'))}")
     return problems
 

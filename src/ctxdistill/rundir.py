@@ -116,7 +116,8 @@ class RunDir:
             strangers = [
                 p.name
                 for p in self.path.iterdir()
-                if p.name not in {".lock", "targets"} and not p.name.endswith(".tmp")
+                if p.name not in {".lock", "targets", "queries.jsonl", "queries.summary.json"}
+                and not p.name.endswith((".tmp", ".partial.jsonl"))
             ]
             if strangers:
                 raise RunError(

@@ -107,7 +107,7 @@ class Session:
         were."""
         measured = {line["row"] for line in self.run.read_jsonl("scores.jsonl")}
         try:
-            rows, section = read_rows(self.recipe, self.prompter)[0]["eval"]
+            rows, section = read_rows(self.recipe, self.prompter, self.run.path)[0]["eval"]
         except CtxDistillError:
             return {}
         pairs = [self.prompter.pair(row, section) for row in rows if row.id in measured]

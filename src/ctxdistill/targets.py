@@ -13,7 +13,9 @@ vocabulary before selection, so that 1 - sum is the tail mass.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,20 +124,31 @@ def label(
     kind: TargetsSection | None = None,
     written: Sequence[tuple[int, ...]] | None = None,
     prefix: Prefix | None = None,
+    whole: bool = False,
     progress: Progress = no_progress,
     stage: str = "teacher",
 ) -> list[list[Target]]:
-    """Targets for every pair: `completions.samples` of them each, in the order of `pairs`.
+    """Targets for every pair: `completions.samples` of them each, in the order of `pairs`. A target without ids stands for
+    a completion in which `completions.extract` found no answer.
 
     Args:
         completions, kind: in the place of the recipe's, for rows that are evaluated and not trained on.
         written: completions that somebody else has written (the student), one for each pair, in the place of the
             rows' answers (`completions.source = "data"`).
         prefix: what all teacher prompts start with, if it has been read already.
+        whole: take all of a completion in which no answer was found.
     """
     completions, kind = completions or recipe.completions, kind or recipe.targets
+    decisive = completions.model_dump(exclude={"checker"})
     base = fingerprint(
-        [lm.fingerprint, prompter.end, completions.model_dump(), kind.kind, kind.k if kind.kind == "topk" else 0]
+        [
+            lm.fingerprint,
+            prompter.end,
+            decisive,
+            whole and completions.extract,
+            kind.kind,
+            kind.k if kind.kind == "topk" else 0,
+        ]
     )
     if completions.source == "label":
         base = fingerprint([base, prompter.labels])
@@ -150,15 +163,21 @@ def label(
     ]
     group = documents([job.pair.teacher for job in jobs])
     order = sorted(range(len(jobs)), key=lambda i: (group[i], len(jobs[i].pair.teacher), jobs[i].key))
-    chunks = [order[i : i + kind.batch_size] for i in range(0, len(order), kind.batch_size)]
+    size, count = kind.batch_size, Counter(group)
+    # a document that fills batches of its own is read once for all of them; others share theirs
+    own = [part if count[part] >= size else () for part in group]
+    alike = [list(found) for _, found in itertools.groupby(sorted(order, key=lambda i: own[i]), key=lambda i: own[i])]
+    chunks = [found[i : i + size] for found in alike for i in range(0, len(found), size)]
     todo = [[jobs[i] for i in chunk if jobs[i].key not in store] for chunk in chunks]
     with torch.no_grad(), lm.adapter(False):
-        # The prefix of all rows, also when some are done: its length must not depend on what is left to do.
-        if prefix is None and any(todo):
-            prefix = lm.prefix([job.pair.teacher for job in jobs])
+        known, read = prefix, None
         for number, batch in enumerate(todo):
+            if known is None and batch and (part := own[chunks[number][0]]) != read:
+                # What all rows of this part start with, also when some are done: its length must not depend on what is left.
+                rows = [job.pair.teacher for job, mine in zip(jobs, own, strict=True) if mine == part or not part]
+                prefix, read = lm.prefix(rows), part
             if batch:
-                store.add(_label_batch(lm, prompter, batch, completions, kind, seed, prefix))
+                store.add(_label_batch(lm, prompter, batch, completions, kind, seed, prefix, whole))
             progress(stage, sum(map(len, chunks[: number + 1])), len(jobs))
     made = [store[job.key] for job in jobs]
     n = completions.samples
@@ -182,8 +201,9 @@ def _label_batch(
     kind: TargetsSection,
     seed: int,
     prefix: Prefix | None,
+    whole: bool,
 ) -> list[Target]:
-    prompts = [job.pair.teacher for job in jobs]
+    prompts: list[Sequence[int]] = [job.pair.teacher for job in jobs]
     given = [job.ids for job in jobs if job.ids is not None]
     if given:  # of one source: all of them or none
         ids = given
@@ -202,8 +222,34 @@ def _label_batch(
             prefix=prefix,
         )
         ids = [tuple(row) for row in written]
-    hidden = lm.hidden([join(p, c) for p, c in zip(prompts, ids, strict=True)], prefix)
-    return [Target(job.key, c, keep(lm, h, kind)) for job, c, h in zip(jobs, ids, hidden, strict=True)]
+        if completions.extract:
+            prompts, ids = _answers(prompter, prompts, ids, completions, whole)
+    found = [i for i, c in enumerate(ids) if c]
+    hidden = lm.hidden([join(prompts[i], ids[i]) for i in found], prefix) if found else []
+    kept = {i: keep(lm, h, kind) for i, h in zip(found, hidden, strict=True)}
+    return [Target(job.key, c, kept.get(i, {})) for i, (job, c) in enumerate(zip(jobs, ids, strict=True))]
+
+
+def _answers(
+    prompter: Prompter,
+    prompts: Sequence[Sequence[int]],
+    written: Sequence[tuple[int, ...]],
+    completions: CompletionsSection,
+    whole: bool,
+) -> tuple[list[Sequence[int]], list[tuple[int, ...]]]:
+    """What is scored, behind which prompt: the answers behind the teacher's thoughts, or all; () where none was found."""
+    pattern = re.compile(completions.extract or "", re.DOTALL)
+    before: list[Sequence[int]] = []
+    ids: list[tuple[int, ...]] = []
+    for prompt, row in zip(prompts, written, strict=True):
+        parts = prompter.split_answer(row, pattern)
+        if parts and completions.teach == "answer":
+            before.append((*prompt, *parts[0]))
+            ids.append(parts[1])
+        else:
+            before.append(prompt)
+            ids.append(row if parts or whole else ())
+    return before, ids
 
 
 def keep(lm: LM, hidden: torch.Tensor, kind: TargetsSection) -> dict[str, torch.Tensor]:

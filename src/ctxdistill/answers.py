@@ -1,0 +1,53 @@
+"""Is a short answer right? As SQuAD scores it.
+
+In: a prediction and the reference answers. Out: numbers from 0 to 1. Invariant: case, punctuation, articles and white space
+never matter; with several references the best one counts.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+
+def normalise(text: str) -> list[str]:
+    """The words of an answer, without case, punctuation and articles. A comma or point between digits is kept out, too:
+    `1,150` and `1150` are one word."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    kept = "".join(
+        " " if c.isspace() else c for c in text if c.isspace() or not unicodedata.category(c).startswith("P")
+    )
+    return re.sub(r"\b(?:a|an|the)\b", " ", kept).split()
+
+
+def exact(prediction: str, answer: str) -> float:
+    """1 when the normalised words are the same, in order."""
+    return float(normalise(prediction) == normalise(answer))
+
+
+def f1(prediction: str, answer: str) -> float:
+    """Harmonic mean of the shares of words that prediction and answer have in common."""
+    found, right = normalise(prediction), normalise(answer)
+    if not found or not right:
+        return float(found == right)
+    common = (Counter(found) & Counter(right)).total()
+    return 2 * common / (len(found) + len(right))
+
+
+def references(answer: str, row: Mapping[str, Any]) -> list[str]:
+    """All right answers of a row: its column `answers`, if that is a list, and its reference answer."""
+    more = row.get("answers")
+    return [answer, *(str(a) for a in more)] if isinstance(more, list) else [answer]
+
+
+def squad_exact(prediction: str, answer: str | None, row: Mapping[str, Any]) -> float | None:
+    """`exact` for the best of the row's references; None without any."""
+    return None if answer is None else max(exact(prediction, a) for a in references(answer, row))
+
+
+def squad_f1(prediction: str, answer: str | None, row: Mapping[str, Any]) -> float | None:
+    """`f1` for the best of the row's references; None without any."""
+    return None if answer is None else max(f1(prediction, a) for a in references(answer, row))

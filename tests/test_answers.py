@@ -1,0 +1,32 @@
+"""Short answers, scored by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from ctxdistill.answers import exact, f1, normalise, squad_exact, squad_f1
+
+
+def test_what_does_not_matter() -> None:
+    assert normalise(" The  Patient-Heron, an old  BOAT!\n") == ["patientheron", "old", "boat"]
+    assert normalise("1,150") == normalise("1150") and normalise("theatre anthem") == ["theatre", "anthem"]
+    assert exact("the needle shoal.", "Needle Shoal") == 1.0 and exact("Shoal Needle", "Needle Shoal") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "value"),
+    [
+        ("red slate", "red slate", 1.0), ("It is red slate", "red slate", 2 * 2 / (4 + 2)), ("blue", "red slate", 0.0),
+        ("slate slate", "slate", 2 / 3), ("", "slate", 0.0), ("the", "a", 1.0), ("slate", "", 0.0),
+    ],
+)  # fmt: skip
+def test_f1_by_hand(prediction: str, answer: str, value: float) -> None:
+    assert f1(prediction, answer) == pytest.approx(value)
+
+
+def test_the_best_reference_counts() -> None:
+    row = {"answers": ["six weeks", "6 weeks"]}
+    assert squad_exact("6 weeks", "six weeks", row) == 1.0 and squad_exact("6 weeks", "six weeks", {}) == 0.0
+    assert squad_f1("about 6 weeks", "six weeks", row) == pytest.approx(0.8)
+    assert squad_exact("x", None, row) is None and squad_f1("x", None, row) is None
+    assert squad_f1("6 weeks", "six weeks", {"answers": "6 weeks"}) == pytest.approx(0.5)  # a text is no list
