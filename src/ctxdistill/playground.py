@@ -8,6 +8,7 @@ no files; all text from models and data is escaped by the template; what a perso
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import socket
 import statistics
@@ -330,4 +331,12 @@ def serve(
         listening.listen()  # who comes before the server is up waits
         name = f"[{host}]" if ":" in host else host
         ready(f"http://{name}:{listening.getsockname()[1]}/")
-        uvicorn.Server(config).run(sockets=[listening])
+        server = uvicorn.Server(config)
+        end = server.handle_exit
+
+        def handle_exit(*signal: Any) -> None:
+            logging.getLogger("uvicorn.error").disabled = True  # that connections are cut is no error then
+            end(*signal)
+
+        server.handle_exit = handle_exit
+        server.run(sockets=[listening])
