@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ctxdistill.answers import exact, f1, normalise, squad_exact, squad_f1
+from ctxdistill.answers import contains, exact, f1, normalise, squad_contains, squad_exact, squad_f1
 
 
 def test_what_does_not_matter() -> None:
@@ -30,3 +30,17 @@ def test_the_best_reference_counts() -> None:
     assert squad_f1("about 6 weeks", "six weeks", row) == pytest.approx(0.8)
     assert squad_exact("x", None, row) is None and squad_f1("x", None, row) is None
     assert squad_f1("6 weeks", "six weeks", {"answers": "6 weeks"}) == pytest.approx(0.5)  # a text is no list
+
+
+def test_an_answer_in_a_sentence() -> None:
+    assert (
+        contains("The tower is 31 metres high.", "31 metres") == 1.0
+        and contains("It is 311 metres", "31 metres") == 0.0
+    )
+    assert (
+        contains("metres 31", "31 metres") == 0.0
+        and contains("", "31") == 0.0
+        and contains("31 Metres!", "the 31 metres") == 1.0
+    )
+    assert squad_contains("it took six weeks", "6 weeks", {"answers": ["six weeks"]}) == 1.0
+    assert squad_contains("x", None, {}) is None

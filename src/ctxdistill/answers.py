@@ -37,6 +37,12 @@ def f1(prediction: str, answer: str) -> float:
     return 2 * common / (len(found) + len(right))
 
 
+def contains(prediction: str, answer: str) -> float:
+    """1 when the answer's words stand in the prediction, together and in order: for models that answer in sentences."""
+    found, right = normalise(prediction), normalise(answer)
+    return float(any(found[i : i + len(right)] == right for i in range(len(found) - len(right) + 1)))
+
+
 def references(answer: str, row: Mapping[str, Any]) -> list[str]:
     """All right answers of a row: its column `answers`, if that is a list, and its reference answer."""
     more = row.get("answers")
@@ -51,3 +57,11 @@ def squad_exact(prediction: str, answer: str | None, row: Mapping[str, Any]) -> 
 def squad_f1(prediction: str, answer: str | None, row: Mapping[str, Any]) -> float | None:
     """`f1` for the best of the row's references; None without any."""
     return None if answer is None else max(f1(prediction, a) for a in references(answer, row))
+
+
+def squad_contains(prediction: str, answer: str | None, row: Mapping[str, Any]) -> float | None:
+    """`contains` for the best of the row's references; None without any."""
+    return None if answer is None else max(contains(prediction, a) for a in references(answer, row))
+
+
+METRICS = {"squad_contains": squad_contains, "squad_exact": squad_exact, "squad_f1": squad_f1}

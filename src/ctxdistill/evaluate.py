@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ctxdistill import losses, stats
-from ctxdistill.answers import squad_exact, squad_f1
+from ctxdistill.answers import METRICS as answer_metrics
 from ctxdistill.errors import RecipeError
 from ctxdistill.lm import LM
 from ctxdistill.prompts import Pair, Prompter, join
@@ -73,7 +73,7 @@ def metrics_of(recipe: Recipe, pairs: Sequence[Pair]) -> dict[str, Metric]:
             available["field_accuracy"] = lambda p, a, _: None if a is None else field_accuracy(pattern, p, a)
     if not e.metrics:
         return available
-    available |= {"squad_exact": squad_exact, "squad_f1": squad_f1} if answers else {}
+    available |= answer_metrics if answers else {}
     chosen: dict[str, Metric] = {}
     for name in e.metrics:
         if ":" in name:
@@ -84,7 +84,7 @@ def metrics_of(recipe: Recipe, pairs: Sequence[Pair]) -> dict[str, Metric]:
             needs = {
                 "format": "eval.format", "field_accuracy": "eval.format with named groups, and reference answers",
                 "exact_match": "reference answers (column eval.answer) and no prompt.label_words",
-                "squad_exact": "reference answers", "squad_f1": "reference answers",
+                **dict.fromkeys(answer_metrics, "reference answers"),
                 "label_accuracy": "prompt.label_words and reference answers", "macro_f1": "prompt.label_words and reference answers",
             }  # fmt: skip
             raise RecipeError(
@@ -248,7 +248,7 @@ def latency(
 def main_metric(scores: Sequence[Score]) -> str | None:
     """The metric that the gate and `gap_closed` look at: accuracy where there are answers, else the user's first one."""
     names = list(scores[0]["metrics"]) if scores else []
-    for name in ("label_accuracy", "exact_match", "squad_exact"):
+    for name in ("label_accuracy", "exact_match", *(n for n in names if n in answer_metrics)):
         if name in names and any(s["metrics"][name] is not None for s in scores):
             return name
     return next((n for n in names if ":" in n), next((n for n in names if n == "format"), None))

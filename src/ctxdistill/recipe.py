@@ -335,10 +335,10 @@ class EvalSection(DataSection):
     share: Fraction = 0.15
     """Without `data`: share of the queries that is held out."""
     metrics: list[str] = []
-    """Any of `exact_match`, `format`, `field_accuracy`, `label_accuracy`, `macro_f1`; `squad_exact` and `squad_f1`, which
-    compare words without case, punctuation and articles, with the best of a row's `answers` (a list) if it has several; or
-    your own `module:function` that takes (prediction, answer, row) and returns a number. Empty: all of the first five that
-    the data allows."""
+    """Any of `exact_match`, `format`, `field_accuracy`, `label_accuracy`, `macro_f1`; `squad_exact`, `squad_f1` and
+    `squad_contains` (the answer stands somewhere in what was written), which compare words without case, punctuation and
+    articles, with the best of a row's `answers` (a list) if it has several; or your own `module:function` that takes
+    (prediction, answer, row) and returns a number. Empty: all of the first five that the data allows."""
     group: str | None = None
     """A column of the held-out rows by whose values the results are shown, too."""
     format: str | None = None
@@ -628,7 +628,16 @@ class Recipe(Section):
                 re.compile(self.eval.format)
             except re.error as error:
                 problems.append(f"eval.format is not a regular expression: {error}")
-        known = {"exact_match", "format", "field_accuracy", "label_accuracy", "macro_f1", "squad_exact", "squad_f1"}
+        known = {
+            "exact_match",
+            "format",
+            "field_accuracy",
+            "label_accuracy",
+            "macro_f1",
+            "squad_contains",
+            "squad_exact",
+            "squad_f1",
+        }
         for metric in self.eval.metrics:
             if metric not in known and not re.fullmatch(r"[\w.]+:\w+", metric):
                 problems.append(

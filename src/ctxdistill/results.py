@@ -18,6 +18,7 @@ METRICS: dict[str, tuple[str, float, int]] = {
     # name: (label, factor, digits after the point), in the order of the table
     "format": ("valid format %", 100, 1),
     "exact_match": ("exact match %", 100, 1),
+    "squad_contains": ("answer contained %", 100, 1),
     "squad_exact": ("exact match, normalised %", 100, 1),
     "squad_f1": ("F1 of words %", 100, 1),
     "field_accuracy": ("field accuracy %", 100, 1),
