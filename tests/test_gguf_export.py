@@ -87,6 +87,7 @@ def test_the_base_with_the_adapter_is_the_merged_model(tmp_path: Path, architect
     gguf_export.write_adapter(tmp_path / "lora.gguf", model.config, tmp_path / "adapter", strength=0.5)
     lora, meta = tensors(tmp_path / "lora.gguf"), values(tmp_path / "lora.gguf")
     assert (meta["general.type"], meta["adapter.type"]) == ("adapter", "lora")
+    assert meta["adapter.lora.alpha"] == 6  # never 0, which llama.cpp takes for a scale of 1
     assert meta["general.architecture"] == values(tmp_path / "model.gguf")["general.architecture"]
     scale(student, 0.5)
     merged = student.merge_and_unload()

@@ -52,7 +52,7 @@ class Tally:
     kl: list[float] = field(default_factory=list)
     """KL(student || export) at each position."""
     moved: list[float] = field(default_factory=list)
-    """KL(student || base) there: what the adapter changes."""
+    """KL(student || base) there, over the same outcomes: what the adapter changes."""
     floor: list[float] = field(default_factory=list)
     """KL(base || export without its adapter) at the positions of its answers, where the stack can switch it off."""
     agree: list[bool] = field(default_factory=list)
@@ -222,7 +222,9 @@ def _compare(
         with lm.adapter(False):
             base = lm.head(lm.hidden(row)[0]).log_softmax(-1)  # [T, V]
         tally.kl += [kl_of_top(p, *top) for p, top in zip(student, answer.top, strict=False)]
-        tally.moved += (student.exp() * (student - base)).sum(-1).clamp(min=0).tolist()
+        # over the same outcomes, so that an export that is the base is as far from the student as the base is
+        others = [(ids, b.cpu()[ids]) for b, (ids, _) in zip(base, answer.top, strict=False)]
+        tally.moved += [kl_of_top(p, *top) for p, top in zip(student, others, strict=True)]
         tally.agree += (student.argmax(-1).cpu() == torch.tensor(known)).tolist()
     plain = stack.answer(request, limit, base=True)
     if plain is not None and (known := _known(plain)):

@@ -131,7 +131,7 @@ def model_tensors(arch: Architecture, model: Any) -> Iterator[tuple[str, torch.T
 def write_adapter(path: Path, config: Any, adapter: Path, strength: float = 1.0) -> None:
     """The PEFT adapter in the folder `adapter` as a GGUF file for `llama-server --lora`.
 
-    llama.cpp multiplies B A by alpha / rank; `strength` goes into alpha.
+    llama.cpp multiplies B A by alpha / rank, but by 1 where alpha is 0; so `strength` goes into B.
     """
     arch = architecture_of(config)
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -148,13 +148,13 @@ def write_adapter(path: Path, config: Any, adapter: Path, strength: float = 1.0)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     scale = rank**0.5 if settings.get("use_rslora") else 1.0
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha * scale * strength)
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha * scale)
     for key, tensor in sorted(load_file(adapter / "adapter_model.safetensors").items()):
         name, side = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
         part = {"lora_A": "lora_a", "lora_B": "lora_b"}[side]
         tensor = tensor.float()  # A [r, in], B [out, r]
         if part == "lora_b":
-            tensor = converted(arch, config, f"{name}.weight", tensor)
+            tensor = converted(arch, config, f"{name}.weight", tensor * strength)
         writer.add_tensor(f"{gguf_name(arch, config, f'{name}.weight')}.{part}", tensor.contiguous().numpy())
     _write(writer, path)
 
