@@ -36,6 +36,8 @@ HEAD = 64
 """Positions whose logits are in memory at a time when labels are scored."""
 SHARED = 64
 """Tokens that rows must have in common, beyond what all have, to be labelled side by side."""
+FILLS = 4
+"""A batch that is filled to this part at least is worth a shared document: reading it costs more than rows that are missing."""
 TREE = 32
 """Tokens of a tree of labels that cost about as much as one more prompt in the batch."""
 
@@ -164,8 +166,9 @@ def label(
     group = documents([job.pair.teacher for job in jobs])
     order = sorted(range(len(jobs)), key=lambda i: (group[i], len(jobs[i].pair.teacher), jobs[i].key))
     size, count = kind.batch_size, Counter(group)
-    # a document that fills batches of its own is read once for all of them; others share theirs
-    own = [part if count[part] >= size else () for part in group]
+    # a document with rows for a good part of a batch has batches of its own, for all of which it is read once; to write
+    # answers, every row of other batches reads its document itself
+    own = [part if FILLS * count[part] >= size else () for part in group]
     alike = [list(found) for _, found in itertools.groupby(sorted(order, key=lambda i: own[i]), key=lambda i: own[i])]
     chunks = [found[i : i + size] for found in alike for i in range(0, len(found), size)]
     todo = [[jobs[i] for i in chunk if jobs[i].key not in store] for chunk in chunks]
