@@ -247,7 +247,7 @@ def latency(
 
 def main_metric(scores: Sequence[Score]) -> str | None:
     """The metric that the gate and `gap_closed` look at: accuracy where there are answers, else the user's first one."""
-    names = list(scores[0]["metrics"]) if scores else []
+    names: list[str] = list(scores[0]["metrics"]) if scores else []
     for name in ("label_accuracy", "exact_match", *(n for n in names if n in answer_metrics)):
         if name in names and any(s["metrics"][name] is not None for s in scores):
             return name
