@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny
 from ctxdistill.adapters import scale, strengthened
 from ctxdistill.lm import LM
 from ctxdistill.recipe import LoraSection, ModelSection
@@ -18,10 +19,7 @@ ROWS = [([0, 5, 6, 7, 8, 9, 10], 3), ([0, 9, 8, 20], 2)]
 def student(llama: Path) -> LM:
     lm = LM.load(ModelSection(name=str(llama)))
     lm.add_adapter(LoraSection(rank=4), 0)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in lm.trainable().values():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    tiny.disturb(lm)
     lm.training(False)
     return lm
 

@@ -32,10 +32,7 @@ def ready(job: Path) -> Ready:
     recipe = Recipe.from_dict(tiny.recipe_dict(job, behaviour=CHECKS), base_dir=job)
     lm, prompter, data = prepare(recipe)
     lm.add_adapter(LoraSection(rank=4), 0)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in lm.trainable().values():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    tiny.disturb(lm)
     lm.training(False)
     return recipe, lm, prompter, data
 

@@ -10,9 +10,7 @@ import pytest
 from ctxdistill.compare import compare, write_page
 from test_compare import make
 from test_report import HOSTILE
-from test_report_browser import LOW_CONTRAST, WIDTHS, browser, load, pytestmark
-
-__all__ = ["browser", "pytestmark"]
+from test_report_browser import LOW_CONTRAST, WIDTHS, load
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -46,10 +46,7 @@ def test_the_matrix_equals_the_slow_way(job: Path) -> None:
     recipe = several(job)
     lm, prompter, data = prepare(recipe)
     lm.add_adapter(LoraSection(rank=4), 0)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in lm.trainable().values():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    tiny.disturb(lm)
     lm.training(False)
     check = Check(recipe, lm, prompter, TargetStore(job / "t"))
     found = matrix(check, groups_of(recipe, prompter, data))

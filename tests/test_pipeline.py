@@ -92,6 +92,7 @@ def test_evaluating_again_gives_the_same_numbers(run: pipeline.Run) -> None:
     again = pipeline.evaluate(run.path)
     assert again["kl_closed"] == run.evaluation["kl_closed"] and again["gap_closed"] == run.evaluation["gap_closed"]
     assert again["gate"] == run.evaluation["gate"]
+    assert again.keys() == run.evaluation.keys()
     assert again["cost"]["seconds"] == run.evaluation["cost"]["seconds"]
     arms = again["table"]  # what a request saves is that of the table beside it
     saved = arms["in_context"]["latency_ms"]["mean"] - arms["distilled"]["latency_ms"]["mean"]

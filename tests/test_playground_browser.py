@@ -23,11 +23,10 @@ import pytest
 import tiny
 from ctxdistill import pipeline
 from ctxdistill.recipe import Recipe
-from test_report_browser import CHROMIUM, DRIVER, FLAGS, LOW_CONTRAST
+from test_report_browser import LOW_CONTRAST
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 pytest.importorskip("gradio", reason="the extra playground is not installed")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium or chromedriver is not installed")
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"> ${document.title='owned'} {{7*7}}"
 KEYS = {"Enter": "\ue007", "Left": "\ue012", "Home": "\ue011", "Tab": "\ue004"}
@@ -88,19 +87,6 @@ def url(tmp_path_factory: pytest.TempPathFactory, llama: Path, outside: Outside)
             assert "Traceback" not in errors.read_text()
         finally:
             server.kill()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.execute_cdp_cmd("Network.enable", {})
-    yield driver
-    driver.quit()
 
 
 def until(found: Callable[[], Any], what: str, seconds: float = 60) -> Any:

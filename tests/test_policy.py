@@ -46,10 +46,7 @@ def student(job: Path) -> tuple[Ready, list[Example]]:
     ready = ready_for(job, on_policy=1.0)
     examples = examples_of(ready, job / "t")
     ready[1].add_adapter(LoraSection(rank=4), 0)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in ready[1].trainable().values():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    tiny.disturb(ready[1])
     return ready, examples
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ctxdistill.study_report import write_report
 from test_analysis import build_study
-from test_report_browser import LOW_CONTRAST, WIDTHS, browser, load, pytestmark  # noqa: F401
+from test_report_browser import LOW_CONTRAST, WIDTHS, load
 from test_study_report import build_hostile
 
 UNFOLD = "document.querySelectorAll('details').forEach(e => e.open = true)"
@@ -22,7 +22,7 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_nothing_is_fetched_fails_or_scrolls_sideways(browser: Any, page: Path, width: int) -> None:  # noqa: F811
+def test_nothing_is_fetched_fails_or_scrolls_sideways(browser: Any, page: Path, width: int) -> None:
     asked, console = load(browser, page.as_uri(), width)
     assert asked == [page.as_uri()]
     assert console == []
@@ -36,7 +36,7 @@ def test_nothing_is_fetched_fails_or_scrolls_sideways(browser: Any, page: Path, 
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_claims_are_seen_first_and_plots_are_large_enough(browser: Any, page: Path, width: int) -> None:  # noqa: F811
+def test_claims_are_seen_first_and_plots_are_large_enough(browser: Any, page: Path, width: int) -> None:
     load(browser, page.as_uri(), width)
     assert "study" in browser.title
     first = browser.find_element("css selector", "#claims .badge")
@@ -51,7 +51,7 @@ def test_claims_are_seen_first_and_plots_are_large_enough(browser: Any, page: Pa
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_and_plots_stand_out_from_the_background(browser: Any, page: Path, scheme: str) -> None:  # noqa: F811
+def test_text_and_plots_stand_out_from_the_background(browser: Any, page: Path, scheme: str) -> None:
     load(browser, page.as_uri(), 1280, scheme)
     browser.execute_script(UNFOLD)
     more = LOW_CONTRAST.replace('"h1, ', '"h1, h2, h3, summary, li, a, .up, .down, .same, ')

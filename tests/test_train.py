@@ -64,14 +64,6 @@ def gradient(lm: LM, loss: torch.Tensor) -> torch.Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(lm.trainable().values()))])
 
 
-def disturb(lm: LM) -> None:
-    """An adapter that does something."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in lm.trainable().values():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-
-
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_loss_and_gradient_equal_the_slow_reference(
@@ -80,7 +72,7 @@ def test_loss_and_gradient_equal_the_slow_reference(
     _, lm, prompter, data = ready
     examples = examples_of(ready, tmp_path / "t")
     lm.add_adapter(LoraSection(rank=4), 0)
-    disturb(lm)
+    tiny.disturb(lm)
     section = TrainSection(loss=kind, temperature=temperature)
     fast, slow = batch_loss(lm, examples, section), reference(lm, prompter, data, examples, kind, temperature)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
@@ -93,7 +85,7 @@ def test_every_kind_of_target_gives_the_same_loss(ready: Ready, tmp_path: Path) 
     made = {kind: examples_of(ready, tmp_path / kind, kind=kind, **more) for kind, more in kinds.items()}
     small = examples_of(ready, tmp_path / "small", kind="topk", k=8)
     lm.add_adapter(LoraSection(rank=4), 0)
-    disturb(lm)
+    tiny.disturb(lm)
     loss = {kind: batch_loss(lm, examples, TrainSection()) for kind, examples in made.items()}
     torch.testing.assert_close(loss["full"], loss["hidden"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss["topk"], loss["hidden"], rtol=1e-4, atol=1e-5)
@@ -147,7 +139,7 @@ def test_prompt_tokens_do_not_change_the_denominator_nor_does_the_split(ready: R
     gradients = []
     for micro in (0, 1, 3):
         lm.add_adapter(LoraSection(rank=4), 0)
-        disturb(lm)
+        tiny.disturb(lm)
         section = TrainSection(batch_size=8, micro_batch=micro, epochs=1, lr=0.01, validation=0)
         train(lm, examples, [], section, RunDir(tmp_path / f"run{micro}"))
         gradients.append({n: p.grad.clone() for n, p in lm.trainable().items()})

@@ -77,6 +77,14 @@ def save(
     return folder
 
 
+def disturb(lm: Any, seed: int = 3) -> None:
+    """Move a fresh adapter away from nothing, so that the student is not the base model."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lm.trainable().values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -118,10 +118,7 @@ def read_rows(
         queries, held_out = data.split(queries, recipe.eval.share, recipe.train.seed, group_of(recipe))
         section = recipe.queries
     for what, part, found_rows in (("queries", recipe.queries, queries), ("eval", section, held_out)):
-        # a run's stored recipe names every value, so what was given is known by not being the default
-        if part.answer != DataSection.model_fields["answer"].default and not any(
-            part.answer in r.fields for r in found_rows
-        ):
+        if "answer" in part.model_fields_set and not any(part.answer in r.fields for r in found_rows):
             raise DataError(
                 f"{what}.answer names the column {part.answer!r}, and no row has it",
                 found=", ".join(sorted(found_rows[0].fields)) if found_rows else "no rows",

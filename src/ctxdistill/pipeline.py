@@ -175,7 +175,7 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
         lm.load_adapter(folder / "adapter")
         store = TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else folder / "targets")
         result = measure(recipe, lm, prompter, rows, store, folder, list(evaluation.ARMS), progress or no_progress)
-        result |= {key: old[key] for key in ("gate", "training", "notes")}
+        result |= {key: old[key] for key in ("gate", "training", "notes", "completions") if key in old}
         made = make_examples(recipe, lm, prompter, rows.pairs["train"], store, no_progress)  # from the store
         result["parts"] = groups.tables(prompter, rows, scores_of(folder), made)
         result["cost"] = cost(recipe, result["table"], old["cost"]["seconds"], old["cost"]["training_tokens"])
