@@ -15,6 +15,7 @@ import pytest
 from ctxdistill import cli
 from ctxdistill.compare import compare, write_page
 from ctxdistill.errors import RunError
+from ctxdistill.results import NO_VALUE
 from ctxdistill.stats import Estimate, kl_closed
 from test_report import HOSTILE, Page, build_run
 
@@ -46,6 +47,19 @@ def make(path: Path, *, rows: range = range(60), right: int = 4, kl: float = 0.1
 def pair_of(found: dict[str, Any], metric: str) -> dict[str, Any]:
     (pair,) = [p for p in found["pairs"] if p["metric"] == metric]
     return dict(pair)
+
+
+def test_what_the_adapters_do_elsewhere_stands_beside(tmp_path: Path) -> None:
+    a, b = make(tmp_path / "a"), make(tmp_path / "b")
+    evaluation = json.loads((a / "evaluation.json").read_text())
+    estimate = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 16}
+    evaluation["behaviour"] = {"unrelated": {"rows": 16, "kl": estimate, "same": estimate}}
+    (a / "evaluation.json").write_text(json.dumps(evaluation))
+    rows = {row["label"]: row["cells"] for row in compare([a, b])["table"] if row["group"] == "retention"}
+    assert rows == {
+        "KL to the base model, unrelated prompts": ["0.500 [0.250, 0.750]", NO_VALUE],
+        "the same answer there %": ["50.0 [25.0, 75.0]", NO_VALUE],
+    }
 
 
 def test_two_runs_on_the_same_rows(tmp_path: Path) -> None:

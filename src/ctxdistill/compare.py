@@ -137,6 +137,9 @@ def _table(runs: Sequence[Data]) -> list[Data]:
     for metric in _task_metrics(runs):
         for name, who in (("distilled", ""), ("in_context", ", its teacher"), ("zero_shot", ", without context")):
             add("task", f"{metric_label(metric)}{who}", [cells(metric, arm(run, name, metric)) for run in runs])
+    elsewhere = [(run["evaluation"].get("behaviour") or {}).get("unrelated") or {} for run in runs]
+    add("retention", "KL to the base model, unrelated prompts", [cells("kl", one.get("kl")) for one in elsewhere])
+    add("retention", "the same answer there %", [cells("exact_match", one.get("same")) for one in elsewhere])
     for metric in ("prompt_tokens", "latency_ms"):
         for name, who in (("distilled", ""), ("in_context", ", its teacher")):
             add("cost", f"{metric_label(metric)}{who}", [cells(metric, arm(run, name, metric)) for run in runs])
