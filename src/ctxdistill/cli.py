@@ -14,7 +14,6 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -115,7 +114,7 @@ def init(
     if source is None:
         if context or model:
             raise RunError("--context and --model belong to --from", fix="edit them in the recipe that is written")
-        text = resources.files("ctxdistill").joinpath("recipes", f"{kind}.toml").read_text(encoding="utf-8")
+        text = Path(__file__).with_name("recipes").joinpath(f"{kind}.toml").read_text(encoding="utf-8")
         remarks: list[str] = []
         edit = "the model, the context, the files with queries (its comments say what they look like)"
     else:

@@ -14,9 +14,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ctxdistill.errors import RunError
@@ -39,6 +38,9 @@ from ctxdistill.results import (
     verdict,
 )
 from ctxdistill.rundir import RunDir, write_atomic
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 __all__ = ["cells", "examples", "read_run", "result_table", "verdict", "write_card", "write_report"]
 
@@ -376,6 +378,9 @@ def slug(name: str) -> str:
 
 def environment(kind: str) -> Environment:
     """Templates whose every `{{ text }}` is escaped for `kind` (html or md), unless it already is `Markup`."""
+    # not at the top, since `ctxdistill --help` would wait for it
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     escape = visible if kind == "html" else markdown
     made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
