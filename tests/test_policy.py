@@ -19,7 +19,7 @@ from ctxdistill.policy import Habits, Rounds, check, chosen, repeated, rounds, s
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import LoraSection, Recipe, TrainSection
 from ctxdistill.rundir import RunDir, no_progress
-from ctxdistill.targets import TargetStore
+from ctxdistill.store import TargetStore
 from ctxdistill.train import Example, batch_loss, rows_of, train
 
 Ready = tuple[Recipe, LM, Prompter, Data]

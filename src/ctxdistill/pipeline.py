@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress
 from ctxdistill.session import Piece, Session
-from ctxdistill.targets import TargetStore, label
+from ctxdistill.spool import Lazy
+from ctxdistill.store import TargetStore
+from ctxdistill.targets import label
 from ctxdistill.train import Example, train
 from ctxdistill.weights import load_tokenizer, packaged_gguf
 
@@ -80,7 +83,7 @@ def distill(
     try:
         run.write_json("recipe.json", manifest)
         log.info("loss: %s = %s", recipe.train.loss, losses.LOSSES[recipe.train.loss].formula)
-        store = TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else run / "targets")
+        store = TargetStore.of(recipe, run.path)
 
         with timed(run, "gate"):
             verdict = run_gate(recipe, lm, prompter, rows, store, run, progress)
@@ -96,9 +99,9 @@ def distill(
                 for split in ("train", "validation")
             )
             retained = keep_examples(recipe, lm, prompter, store)
-        save_prompts(run, prompter, rows, [*examples, *validation])
+        save_prompts(run, prompter, rows, [examples, validation])
 
-        lm.add_adapter(recipe.lora, recipe.train.seed, common_prefix([p.teacher for p in rows.pairs["train"]]))
+        lm.add_adapter(recipe.lora, recipe.train.seed, common_prefix(p.teacher for p in rows.pairs["train"]))
         with timed(run, "train"):
             source = None
             if recipe.train.on_policy:
@@ -173,7 +176,7 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
     folder.claim(describe(recipe, lm, prompter, rows)["fingerprint"], resume=True)
     try:
         lm.load_adapter(folder / "adapter")
-        store = TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else folder / "targets")
+        store = TargetStore.of(recipe, folder.path)
         result = measure(recipe, lm, prompter, rows, store, folder, list(evaluation.ARMS), progress or no_progress)
         result |= {key: old[key] for key in ("gate", "training", "notes", "completions") if key in old}
         made = make_examples(recipe, lm, prompter, rows.pairs["train"], store, no_progress)  # from the store
@@ -286,7 +289,7 @@ def make_examples(
     store: TargetStore,
     progress: Progress,
     judged: Counter[str] | None = None,
-) -> list[Example]:
+) -> Sequence[Example]:
     """Ask the teacher about the queries; an `Example` for each completion that is accepted. `judged` counts the fates.
 
     Raises: `DataError` when none is accepted.
@@ -297,8 +300,10 @@ def make_examples(
     made = label(lm, prompter, pairs, recipe, store, progress=progress)
     checker = recipe.completions.checker
     check = evaluation.load_function(checker, recipe, "completions.checker") if checker else None
-    examples = []
-    for pair, target in ((pair, target) for pair, targets in zip(pairs, made, strict=True) for target in targets):
+    accepted, samples = array("Q"), recipe.completions.samples
+    for number, (pair, target) in enumerate(
+        (pair, target) for pair, targets in zip(pairs, made, strict=True) for target in targets
+    ):
         fate = "accepted"
         if not target.ids:
             fate = "no answer found by completions.extract"
@@ -306,14 +311,19 @@ def make_examples(
             fate = f"rejected by {checker}"
         judged[fate] += 1
         if fate == "accepted":
-            examples.append(Example(pair.id, pair.student, target))
-    if not examples:
+            accepted.append(number)
+    if not accepted:
         raise DataError(
             "none of the teacher's completions is accepted",
             found=", ".join(f"{fate} {n}" for fate, n in judged.items()),
             fix="look at what the teacher writes (ctxdistill gate, or try), then change the pattern or the checker",
         )
-    return examples
+
+    def example(number: int) -> Example:
+        pair = pairs[number // samples]
+        return Example(pair.id, pair.student, made[number // samples][number % samples])
+
+    return Lazy(accepted, example)
 
 
 def keep_examples(recipe: Recipe, lm: LM, prompter: Prompter, store: TargetStore) -> list[Example]:
@@ -367,10 +377,13 @@ def scores_of(run: RunDir, arms: Sequence[str] = evaluation.ARMS) -> dict[str, l
     return {arm: [s for s in scores if s["arm"] == arm] for arm in arms}
 
 
-def save_prompts(run: RunDir, prompter: Prompter, rows: Data, examples: Sequence[Example], most: int = 200) -> None:
-    """`prompts.jsonl`: the first rows as `ctxdistill show` prints them."""
-    ids = {e.id: e.target.ids for e in reversed(examples)}
-    flat = [(split, row, section) for split, (found, section) in rows.splits.items() for row in found][:most]
+def save_prompts(
+    run: RunDir, prompter: Prompter, rows: Data, examples: Sequence[Sequence[Example]], most: int = 200
+) -> None:
+    """`prompts.jsonl`: the first rows as `ctxdistill show` prints them, with the first of their completions."""
+    first = most * prompter.recipe.completions.samples  # examples are in the order of the rows
+    ids = {e.id: e.target.ids for some in reversed(examples) for e in reversed(some[:first])}
+    flat = [(split, row, section) for split, (found, section) in rows.splits.items() for row in found[:most]][:most]
     run.write_jsonl(
         "prompts.jsonl", [prompter.shown(row, section, split, ids.get(row.id)) for split, row, section in flat]
     )
