@@ -488,6 +488,33 @@ def compose(
 
 
 @app.command()
+def targets(
+    action: Annotated[Literal["verify", "stats", "prune"], typer.Argument(help="What to do.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN|FOLDER", help="A run's folder, or targets.dir.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """What is kept of the teacher: verify all checksums, count, or drop what is not needed.
+
+    verify: exit code 2 and the names of damaged shards. stats: rows, tokens, bytes per token. prune: drop rows that are
+    damaged or that the run does not use, and files that a kill has left, and put small shards together.
+
+    Example: ctxdistill targets verify runs/support
+    """
+    with _work(as_json, "stopped; nothing that was whole is lost", first="reading the index") as watcher:
+        from ctxdistill import upkeep
+
+        if action == "stats":
+            found = upkeep.stats(folder)
+        else:
+            found = (upkeep.verify if action == "verify" else upkeep.prune)(folder, progress=watcher)
+    _json(found) if as_json else display.targets(display.console(), action, found)
+    if found.get("damaged"):
+        raise typer.Exit(2)
+
+
+@app.command()
 def report(run: RunArgument, paper: Paper = None, as_json: Json = False) -> None:
     """Write report.html and report.md of a run or a study again.
 

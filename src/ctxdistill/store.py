@@ -29,7 +29,7 @@ from ctxdistill.errors import RunError
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import disk_error, fingerprint, write_atomic
 
-INDEX, LOCK, USED = "index.jsonl", ".lock", "targets.used"
+INDEX, LOCK, USED = "index.jsonl", ".lock", "targets_used.txt"
 RECENT = 4096
 """New keys that are collected before they are put in order among the others."""
 Keys = np.ndarray[Any, Any]
@@ -84,8 +84,12 @@ class KeyTable:
         self.recent: dict[bytes, Place] = {}
 
     def __len__(self) -> int:
+        return len(self.all())
+
+    def all(self) -> Keys:
+        """All keys, in order."""
         self._settle()
-        return len(self.keys)
+        return self.keys
 
     def add(self, number: int, shard: Shard) -> None:
         start = 0
@@ -182,9 +186,11 @@ class TargetStore:
 
     def adopt(self, shard: Shard, raw: bytes) -> None:
         """Take a shard that was made elsewhere."""
+        with contextlib.suppress(OSError):  # what is wrong with the folder shows when the shard is written
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
         write_atomic(self.folder / shard.shard, raw)
-        self._lock()
-        append_line(self.folder / INDEX, json.dumps(shard._asdict()))
+        append_line(self.folder / INDEX, line_of(shard))
         self._know(shard)
 
     def note_used(self, keys: Keys) -> None:
@@ -268,22 +274,31 @@ def checked(shard: Shard) -> Shard:
 
 def check_shard(folder: Path, shard: Shard) -> None:
     """Raises `RunError` naming a shard that is missing, or whose bytes have changed."""
-    path = folder / shard.shard
-    try:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        found = error.strerror or str(error)
-    if found != shard.sha256:
+    if found := damage(folder, shard):
         raise RunError(
-            f"the target shard {path} is damaged",
+            f"the target shard {folder / shard.shard} is damaged",
             expected=f"sha256 {shard.sha256}",
             found=found,
-            fix=f"ctxdistill targets prune {folder} drops it; its rows will be made again",
+            fix=f"ctxdistill targets prune {folder} drops it; its rows will be made again with --resume",
         )
 
 
-def append_line(path: Path, line: str) -> None:
+def damage(folder: Path, shard: Shard) -> str:
+    """What is there in the place of a shard; empty when it is whole."""
+    try:
+        with open(folder / shard.shard, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return error.strerror or str(error)
+    return f"sha256 {found}" if found != shard.sha256 else ""
+
+
+def line_of(shard: Shard) -> bytes:
+    """A shard's line of the index."""
+    return json.dumps(shard._asdict()).encode() + b"\n"
+
+
+def append_line(path: Path, line: bytes) -> None:
     """Add a line, whole, while others may do the same; what a kill has left of a line is cut off first."""
     try:
         with open(path, "ab+") as file:
@@ -294,7 +309,7 @@ def append_line(path: Path, line: str) -> None:
                 if file.read(1) != b"\n":
                     file.seek(0)
                     file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(line.encode() + b"\n")
+            file.write(line)
             file.flush()
     except OSError as error:
         raise disk_error(path, error, len(line)) from None

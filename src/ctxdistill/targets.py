@@ -70,6 +70,7 @@ def label(
     work = Labelling(
         lm, prompter, pairs, recipe, completions=completions, kind=kind, written=written, prefix=prefix, whole=whole
     )
+    store.note_used(work.keys)  # before, so that nobody drops the first ones while the last ones are labelled
     for done in work.run(store):
         progress(stage, done, len(work.keys))
     return work.targets(store)
@@ -188,7 +189,6 @@ class Labelling:
 
     def targets(self, store: TargetStore) -> Sequence[list[Target]]:
         """What the store holds for each pair, all being labelled."""
-        store.note_used(self.keys)
         keys, samples = self.keys, self.samples
         return Lazy(
             range(len(self.pairs)), lambda i: [store[digits(keys, n)] for n in range(i * samples, (i + 1) * samples)]
