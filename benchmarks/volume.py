@@ -38,9 +38,9 @@ def write_rows(path: Path, count: int, word: str) -> None:
 
 def job(folder: Path, count: int) -> dict[str, Any]:
     """The whole run, in this process."""
-    import tiny
     import torch
 
+    import tiny
     from ctxdistill import pipeline
     from ctxdistill.recipe import Recipe
 

@@ -43,6 +43,10 @@ Paper = Annotated[
     Path | None,
     typer.Option(help="For a study: a CSV of the paper's runs, shown beside ours.", show_default=False),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Spread the work over this Ray cluster, or: local.", show_default=False),
+]
 LOADING = "reading the rows, loading the model"
 Kind = Literal["system", "few-shot", "document"]
 Format = Literal["peft", "merged", "gguf", "gguf-adapter", "ollama"]
@@ -255,6 +259,35 @@ def distill(
     _finish(run.path, run.evaluation, as_json)
 
 
+@app.command("label")
+def label_(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Unset: runs/NAME.", show_default=False)] = None,
+    ray: Ray = None,
+    as_json: Json = False,
+) -> None:
+    """Ask the teacher about all queries and keep what it says, here or on a cluster; train nothing.
+
+    `distill` with the same recipe and folder then finds the targets. Run it again to go on.
+
+    Example: ctxdistill label support.toml --ray 10.0.0.5:6379 --out runs/support
+    """
+    from ctxdistill.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    folder = out or Path("runs") / (loaded.name or "run")
+    with _work(as_json, "stopped; the same command goes on") as watcher:
+        from ctxdistill import pipeline
+
+        found = pipeline.label_rows(loaded, folder, ray=ray, progress=watcher)
+    if as_json:
+        _json(found)
+    else:
+        text = f"{found['rows']:,} completions labelled, {found['made']:,} of them now, in {found['targets']}"
+        display.console().print(display.plain(text), soft_wrap=True)
+
+
 @app.command()
 def evaluate(run: RunArgument, as_json: Json = False) -> None:
     """Measure all arms of a finished run again, and renew its report.
@@ -423,6 +456,7 @@ def study(
     out: Annotated[Path | None, typer.Option(help="The study's folder. Unset: runs/NAME.", show_default=False)] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Compute cells again that failed or did not fit.")] = False,
     paper: Paper = None,
+    ray: Ray = None,
     tasks: Annotated[bool, typer.Option("--tasks", help="List tasks, patterns and arms, and exit.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -453,7 +487,7 @@ def study(
     with _work(as_json, f"stopped; go on with: {again}", first=f"{len(loaded.cells())} cells; {LOADING}") as watcher:
         from ctxdistill import study as studies
 
-        page = studies.study(loaded, folder, retry=retry, paper_csv=paper, progress=watcher)
+        page = studies.study(loaded, folder, retry=retry, paper_csv=paper, ray=ray, progress=watcher)
     _say_page(page, as_json)
 
 

@@ -230,7 +230,11 @@ def explicit(section: Any, prefix: str = "") -> list[str]:
 
 def stored_recipe(run: RunDir) -> Recipe:
     """The recipe that a run was made with."""
-    stored = run.read_json("recipe.json")
+    return recipe_of(run.read_json("recipe.json"))
+
+
+def recipe_of(stored: dict[str, Any]) -> Recipe:
+    """The recipe in what `describe` wrote down."""
     full = Recipe.from_dict(stored["recipe"], base_dir=stored["base_dir"])
     return Recipe.from_dict(_without_defaults(full, set(stored["explicit"])), base_dir=stored["base_dir"])
 

@@ -29,6 +29,7 @@ from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
 from ctxdistill.adapters import encoder_of, scale
 from ctxdistill.behaviour import Check, base_targets, behaviour, unrelated
+from ctxdistill.cluster import label_spread
 from ctxdistill.compose import compose
 from ctxdistill.crosstalk import groups_of, matrix
 from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe, synthesize
@@ -41,7 +42,7 @@ from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress
 from ctxdistill.session import Piece, Session
 from ctxdistill.spool import Lazy
 from ctxdistill.store import TargetStore
-from ctxdistill.targets import label
+from ctxdistill.targets import Labelling, label
 from ctxdistill.train import Example, train
 from ctxdistill.weights import load_tokenizer, packaged_gguf
 
@@ -125,6 +126,41 @@ def distill(
         reports.write_card(run.path)
         reports.write_report(run.path)
         return Run(run.path, result)
+    finally:
+        run.release()
+
+
+def label_rows(
+    recipe: Recipe, out: str | Path | None = None, *, ray: str | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Ask the teacher about all queries, into the run folder `out` (or `targets.dir`), where `distill` finds the targets.
+    What is there already is kept.
+
+    Args:
+        ray: the address of a Ray cluster that does the work, or `local`; unset: this process.
+
+    Returns: `run` and `targets` (folders), `rows` and `made` (completions in all, and those that were missing).
+    """
+    progress = progress or no_progress
+    run = RunDir(out or Path("runs") / (recipe.name or "run"))
+    lm, prompter, rows = prepare(recipe, run.path, progress)
+    manifest = describe(recipe, lm, prompter, rows)
+    run.claim(manifest["fingerprint"], resume=True)
+    try:
+        run.write_json("recipe.json", manifest)
+        store = TargetStore.of(recipe, run.path)
+        works = {split: Labelling(lm, prompter, rows.pairs[split], recipe) for split in ("train", "validation")}
+        there = len(store)
+        with timed(run, "label"):
+            for work in works.values():
+                store.note_used(work.keys)
+            if ray:
+                label_spread(ray, manifest, run.path, works, store, progress)
+            for work in works.values():
+                for done in work.run(store):  # with a cluster, nothing is left to do
+                    progress("teacher", done, len(work.keys))
+        total = sum(len(work.keys) for work in works.values())
+        return {"run": str(run.path), "targets": str(store.folder), "rows": total, "made": len(store) - there}
     finally:
         run.release()
 
@@ -412,6 +448,7 @@ __all__ = [
     "distill",
     "evaluate",
     "gate",
+    "label_rows",
     "load_student",
     "plan",
     "queries",
