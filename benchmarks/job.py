@@ -36,7 +36,8 @@ from ctxdistill.prompts import Prompter
 from ctxdistill.recipe import DataSection, ModelSection, Recipe
 from ctxdistill.rows import Row
 from ctxdistill.rundir import RunDir
-from ctxdistill.targets import TargetStore, label
+from ctxdistill.store import TargetStore
+from ctxdistill.targets import label
 from ctxdistill.train import Example, order, train
 from ctxdistill.weights import packaged_gguf
 

@@ -30,7 +30,8 @@ from ctxdistill.lm import LM, common_prefix
 from ctxdistill.prompts import Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
-from ctxdistill.targets import TargetStore, label
+from ctxdistill.store import TargetStore
+from ctxdistill.targets import label
 from ctxdistill.train import Example, mean_kl, train
 from ctxdistill.weights import packaged_gguf
 

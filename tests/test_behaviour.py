@@ -19,7 +19,7 @@ from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import LoraSection, Recipe, TrainSection
 from ctxdistill.results import behaviour_facts, unrelated_share, verdict
 from ctxdistill.rundir import RunDir, no_progress
-from ctxdistill.targets import TargetStore
+from ctxdistill.store import TargetStore
 from ctxdistill.train import mean_kl, retained_at, train
 
 Ready = tuple[Recipe, LM, Prompter, Data]

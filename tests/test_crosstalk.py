@@ -21,7 +21,7 @@ from ctxdistill.prompts import join
 from ctxdistill.recipe import LoraSection, Recipe
 from ctxdistill.results import verdict
 from ctxdistill.rundir import RunDir
-from ctxdistill.targets import TargetStore
+from ctxdistill.store import TargetStore
 
 CONTEXTS = {
     "shout": "Shout every word that you are given, as loud as you can.",

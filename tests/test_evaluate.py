@@ -24,7 +24,8 @@ from ctxdistill.evaluate import (
     teacher_targets,
 )
 from ctxdistill.recipe import Recipe
-from ctxdistill.targets import TargetStore, score_labels
+from ctxdistill.store import TargetStore
+from ctxdistill.targets import score_labels
 
 
 def ready(job: Path, **overrides: Any) -> tuple[Any, ...]:

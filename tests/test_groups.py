@@ -18,7 +18,8 @@ from ctxdistill.lm import LM
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
-from ctxdistill.targets import TargetStore, label
+from ctxdistill.store import TargetStore
+from ctxdistill.targets import label
 from ctxdistill.weights import load_tokenizer
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kid", "lynx"]

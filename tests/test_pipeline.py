@@ -83,6 +83,7 @@ def test_the_adapter_loads_without_us_and_is_the_student(run: pipeline.Run) -> N
         ".html",
         ".md",
         ".lock",
+        ".txt",
         "",
     }
 

@@ -19,7 +19,7 @@ from ctxdistill.policy import Habits, Rounds, check, chosen, repeated, rounds, s
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import LoraSection, Recipe, TrainSection
 from ctxdistill.rundir import RunDir, no_progress
-from ctxdistill.targets import TargetStore
+from ctxdistill.store import TargetStore
 from ctxdistill.train import Example, batch_loss, rows_of, train
 
 Ready = tuple[Recipe, LM, Prompter, Data]
@@ -103,7 +103,8 @@ def test_a_share_of_each_round_is_the_students(job: Path) -> None:
     lm.add_adapter(LoraSection(rank=4), 0)
     source = Rounds(lm, prompter, data.pairs["train"], examples, recipe, RunDir(job / "run"))
     batches = [source(step) for step in range(8)]
-    given = [sum(any(e is x for x in examples) for e in batch) for batch in batches]
+    theirs = {e.target.key for e in examples}
+    given = [sum(e.target.key in theirs for e in batch) for batch in batches]
     assert [sum(given[:3]), sum(given[3:6]), sum(given[6:])] == [6, 5, 3]  # rounds of 12, 9 and 5 places; 26 in all
     assert [line["student_rows"] for line in rounds(RunDir(job / "run"))] == [6, 4, 2]
 
@@ -188,7 +189,7 @@ def test_killed_between_and_within_rounds_gives_the_same_bits(job: Path) -> None
     timeless = [[{k: v for k, v in x.items() if k != "seconds"} for x in found] for found in lines]
     assert timeless[0] == timeless[1]
     assert [x["step"] for x in lines[0] if x["event"] == "round"] == [1, 4, 7]
-    assert not (job / "straight/rounds/00001").exists() and (job / "straight/rounds/00003/index.json").exists()
+    assert not (job / "straight/rounds/00001").exists() and (job / "straight/rounds/00003/index.jsonl").exists()
 
 
 def test_the_student_that_writes_a_round_is_kept(job: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from ctxdistill.lm import LM
 from ctxdistill.recipe import LoraSection, ModelSection, TrainSection
 from ctxdistill.rundir import RunDir
-from ctxdistill.targets import Target
+from ctxdistill.store import Target
 from ctxdistill.train import Example, train
 
 folder, world = Path(sys.argv[1]), os.environ.get("WORLD_SIZE", "1")

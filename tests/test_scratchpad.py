@@ -19,7 +19,8 @@ from ctxdistill.lm import LM
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
-from ctxdistill.targets import TargetStore, label
+from ctxdistill.store import TargetStore
+from ctxdistill.targets import label
 
 THINK = {"scratchpad": "Think, then write Answer: and the answer.", "extract": r"Answer:([^\n]*)", "max_new_tokens": 40}
 

@@ -22,6 +22,7 @@ from ctxdistill.policy import rounds
 from ctxdistill.prompts import Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
+from ctxdistill.spool import Lazy
 from ctxdistill.targets import captured_mass
 from ctxdistill.train import Example, State
 from ctxdistill.weights import give_back_memory
@@ -45,7 +46,7 @@ def summary(
         "student_completions": sum(line["student_rows"] for line in rounds(run)),
         "supervised_tokens": state.tokens,
         "truncated_completions": truncated(recipe, prompter, examples),
-        "topk_mass": captured_mass([e.target for e in examples]),
+        "topk_mass": captured_mass(Lazy.over(examples, lambda e: e.target)),
     }
 
 
@@ -120,7 +121,7 @@ def notes(
         found.append(
             f"{n} of {len(examples)} training completions reached max_new_tokens = {recipe.completions.max_new_tokens} without an end"
         )
-    if (mass := captured_mass([e.target for e in examples])) is not None:
+    if (mass := captured_mass(Lazy.over(examples, lambda e: e.target))) is not None:
         found.append(
             f"top-{recipe.targets.k} targets hold {100 * mass:.1f} % of the teacher's probability; the rest is one bucket"
         )

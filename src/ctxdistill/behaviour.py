@@ -21,7 +21,9 @@ from ctxdistill.lm import LM, check_fit
 from ctxdistill.prompts import Pair, Prompter, join
 from ctxdistill.recipe import CompletionsSection, Recipe, TargetsSection
 from ctxdistill.rundir import Progress, no_progress
-from ctxdistill.targets import Target, TargetStore, label
+from ctxdistill.spool import Lazy
+from ctxdistill.store import Target, TargetStore
+from ctxdistill.targets import label
 
 
 def behaviour(
@@ -108,7 +110,7 @@ class Check:
         self.recipe, self.lm, self.prompter, self.store = recipe, lm, prompter, store
         self.options = {"resamples": recipe.eval.bootstrap, "seed": recipe.train.seed}
 
-    def base(self, pairs: Sequence[Pair], limit: int) -> list[Target]:
+    def base(self, pairs: Sequence[Pair], limit: int) -> Sequence[Target]:
         """The base model's own greedy answers to the prompts `pair.teacher`, with what it says of each token."""
         kind = TargetsSection(kind="hidden", batch_size=self.recipe.targets.batch_size)
         return base_targets(self.lm, self.prompter, pairs, self.recipe, self.store, kind, limit)
@@ -165,9 +167,9 @@ def base_targets(
     store: TargetStore,
     kind: TargetsSection,
     limit: int = TOKENS,
-) -> list[Target]:
+) -> Sequence[Target]:
     """What the base model answers to each `pair.teacher`, at most `limit` tokens, greedy. Raises: `FitError`."""
     check_fit([(p.origin, len(p.teacher) + limit) for p in pairs], lm.window, "a prompt of the behaviour checks")
     completions = CompletionsSection(source="teacher", max_new_tokens=limit)
     made = label(lm, prompter, pairs, recipe, store, completions=completions, kind=kind, stage="base answers")
-    return [row[0] for row in made]
+    return Lazy.over(made, lambda row: row[0])

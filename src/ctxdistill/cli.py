@@ -42,6 +42,10 @@ Paper = Annotated[
     Path | None,
     typer.Option(help="For a study: a CSV of the paper's runs, shown beside ours.", show_default=False),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Spread the work over this Ray cluster, or: local.", show_default=False),
+]
 LOADING = "reading the rows, loading the model"
 Kind = Literal["system", "few-shot", "document"]
 Format = Literal["peft", "merged", "gguf", "gguf-adapter", "ollama"]
@@ -254,6 +258,35 @@ def distill(
     _finish(run.path, run.evaluation, as_json)
 
 
+@app.command("label")
+def label_(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Unset: runs/NAME.", show_default=False)] = None,
+    ray: Ray = None,
+    as_json: Json = False,
+) -> None:
+    """Ask the teacher about all queries and keep what it says, here or on a cluster; train nothing.
+
+    `distill` with the same recipe and folder then finds the targets. Run it again to go on.
+
+    Example: ctxdistill label support.toml --ray 10.0.0.5:6379 --out runs/support
+    """
+    from ctxdistill.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    folder = out or Path("runs") / (loaded.name or "run")
+    with _work(as_json, "stopped; the same command goes on") as watcher:
+        from ctxdistill import pipeline
+
+        found = pipeline.label_rows(loaded, folder, ray=ray, progress=watcher)
+    if as_json:
+        _json(found)
+    else:
+        text = f"{found['rows']:,} completions labelled, {found['made']:,} of them now, in {found['targets']}"
+        display.console().print(display.plain(text), soft_wrap=True)
+
+
 @app.command()
 def evaluate(run: RunArgument, as_json: Json = False) -> None:
     """Measure all arms of a finished run again, and renew its report.
@@ -422,6 +455,7 @@ def study(
     out: Annotated[Path | None, typer.Option(help="The study's folder. Unset: runs/NAME.", show_default=False)] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Compute cells again that failed or did not fit.")] = False,
     paper: Paper = None,
+    ray: Ray = None,
     tasks: Annotated[bool, typer.Option("--tasks", help="List tasks, patterns and arms, and exit.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -452,7 +486,7 @@ def study(
     with _work(as_json, f"stopped; go on with: {again}", first=f"{len(loaded.cells())} cells; {LOADING}") as watcher:
         from ctxdistill import study as studies
 
-        page = studies.study(loaded, folder, retry=retry, paper_csv=paper, progress=watcher)
+        page = studies.study(loaded, folder, retry=retry, paper_csv=paper, ray=ray, progress=watcher)
     _say_page(page, as_json)
 
 
@@ -484,6 +518,33 @@ def compose(
 
         found = pipeline.compose(weights, out, progress=watcher)
     _json({"adapter": str(out / "adapter"), **found}) if as_json else display.composed(display.console(), out, found)
+
+
+@app.command()
+def targets(
+    action: Annotated[Literal["verify", "stats", "prune"], typer.Argument(help="What to do.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN|FOLDER", help="A run's folder, or targets.dir.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """What is kept of the teacher: verify all checksums, count, or drop what is not needed.
+
+    verify: exit code 2 and the names of damaged shards. stats: rows, tokens, bytes per token. prune: drop rows that are
+    damaged or that the run does not use, and files that a kill has left, and put small shards together.
+
+    Example: ctxdistill targets verify runs/support
+    """
+    with _work(as_json, "stopped; nothing that was whole is lost", first="reading the index") as watcher:
+        from ctxdistill import upkeep
+
+        if action == "stats":
+            found = upkeep.stats(folder)
+        else:
+            found = (upkeep.verify if action == "verify" else upkeep.prune)(folder, progress=watcher)
+    _json(found) if as_json else display.targets(display.console(), action, found)
+    if found.get("damaged"):
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from ctxdistill.evaluate import teacher_targets
 from ctxdistill.lm import LM
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress, write_atomic
-from ctxdistill.targets import TargetStore
+from ctxdistill.store import TargetStore
 from ctxdistill.weights import quiet_peft
 
 ROWS = 32
@@ -52,10 +52,7 @@ def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Prog
         prompters.append(prompter)
         rows.append(data)
     load(lm, folders, names, list(runs.values()))
-    stores = [
-        TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else folder / "targets")
-        for recipe, folder in zip(recipes, folders, strict=True)
-    ]
+    stores = [TargetStore.of(recipe, folder.path) for recipe, folder in zip(recipes, folders, strict=True)]
     checks = [Check(r, lm, p, s) for r, p, s in zip(recipes, prompters, stores, strict=True)]
     held_out = [data.pairs["eval"][:ROWS] for data in rows]
     alone: dict[str, dict[str, Any]] = {}

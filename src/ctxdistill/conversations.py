@@ -13,20 +13,21 @@ from typing import Any
 
 from ctxdistill.errors import DataError, several
 from ctxdistill.recipe import DataSection
-from ctxdistill.rows import Row, row_id
+from ctxdistill.rows import Row, rows_of
+from ctxdistill.spool import Records
 
 CONVERSATION = "conversation"
 """The column that says which conversation a turn is of."""
 
 
-def turns(rows: Sequence[Row], section: DataSection) -> tuple[list[Row], int]:
+def turns(rows: Sequence[Row], section: DataSection) -> tuple[Sequence[Row], int]:
     """(a row for each taught turn, number of turns that hold a tool call and no text, which cannot be an answer).
 
     Raises: `DataError` that lists the conversations without a turn to teach.
     """
     if section.taught == "last" or not section.messages:
-        return list(rows), 0
-    made: list[Row] = []
+        return rows, 0
+    made = Records()
     problems, silent = [], 0
     for row in rows:
         messages: list[dict[str, Any]] = row.fields[section.messages]
@@ -42,10 +43,10 @@ def turns(rows: Sequence[Row], section: DataSection) -> tuple[list[Row], int]:
                 section.answer: messages[i]["content"],
                 CONVERSATION: row.id,
             }
-            made.append(Row(row_id(fields), fields, f"{row.origin}, message {i + 1}"))
+            made.append((f"{row.origin}, message {i + 1}", fields))
     if problems:
         raise several(DataError, "conversations", problems, fix='or end them with a question, and use taught = "last"')
-    return made, silent
+    return rows_of(made), silent
 
 
 def asked(messages: Sequence[dict[str, Any]]) -> bool:

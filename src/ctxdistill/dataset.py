@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import DataSection, Recipe
 from ctxdistill.rows import Row, Rows
 from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress
+from ctxdistill.spool import Lazy, joined
 from ctxdistill.weights import load_tokenizer
 
 
@@ -32,9 +33,9 @@ from ctxdistill.weights import load_tokenizer
 class Data:
     """All rows of a run, as prompt pairs, with the sections that say how to read them."""
 
-    splits: Mapping[str, tuple[list[Row], DataSection]]
+    splits: Mapping[str, tuple[Sequence[Row], DataSection]]
     """`train`, `validation` (may be empty) and `eval`."""
-    pairs: Mapping[str, list[Pair]]
+    pairs: Mapping[str, Sequence[Pair]]
     counts: Mapping[str, Any]
 
 
@@ -49,7 +50,7 @@ def prepare(
         lm = lm or LM.load(recipe.model, recipe.base_dir)
         synthesize(recipe, prompter, lm, synthesis.queries_file(recipe, folder), progress)
     splits, counts = read_rows(recipe, prompter, folder)
-    pairs = {split: [prompter.pair(row, section) for row in found] for split, (found, section) in splits.items()}
+    pairs = {split: prompter.pairs(found, section) for split, (found, section) in splits.items()}
     lm = lm or LM.load(recipe.model, recipe.base_dir)
     room = {"teacher": recipe.completions.max_new_tokens}
     room["label"] = max(map(len, prompter.labels.values()), default=0)
@@ -57,21 +58,22 @@ def prepare(
     if recipe.completions.checker:
         evaluation.load_function(recipe.completions.checker, recipe, "completions.checker")
     evaluation.metrics_of(recipe, pairs["eval"])  # a metric that cannot be measured should not cost minutes first
+
+    def needed(pair: Pair, evaluated: bool) -> int:
+        if evaluated:
+            answer = evaluation.teacher_limit(recipe)
+        else:
+            given = len(prompter.completion(pair.answer)) if pair.answer is not None else 0
+            answer = max(own, room.get(recipe.completions.source, given))
+        return max(len(pair.teacher), len(pair.student)) + answer
+
     for split, found in pairs.items():
-        evaluated = split == "eval"
-        answers = [len(prompter.completion(p.answer)) if p.answer is not None else 0 for p in found]
-        need = [
-            max(len(p.teacher), len(p.student))
-            + (evaluation.teacher_limit(recipe) if evaluated else max(own, room.get(recipe.completions.source, n)))
-            for p, n in zip(found, answers, strict=True)
-        ]
-        check_fit(
-            [(p.origin, n) for p, n in zip(found, need, strict=True)], lm.window, f"context, {split} query and answer"
-        )
+        lengths = ((pair.origin, needed(pair, split == "eval")) for pair in found)
+        check_fit(lengths, lm.window, f"context, {split} query and answer")
     return lm, prompter, Data(splits, pairs, counts)
 
 
-def given_rows(recipe: Recipe) -> tuple[list[Row], list[Row], dict[str, int]]:
+def given_rows(recipe: Recipe) -> tuple[Sequence[Row], Sequence[Row], dict[str, int]]:
     """(queries, held-out rows) that the recipe names, either maybe empty, and what was left out: by a limit, and turns of
     conversations without text."""
     queries = held = Rows([], 0, "")
@@ -100,14 +102,14 @@ def synthesize(
 
 def read_rows(
     recipe: Recipe, prompter: Prompter, folder: Path | None = None
-) -> tuple[dict[str, tuple[list[Row], DataSection]], dict[str, Any]]:
+) -> tuple[dict[str, tuple[Sequence[Row], DataSection]], dict[str, Any]]:
     """Rows by split, checked: no duplicates, no overlap between demonstrations, queries and evaluation, no context in a
     query. Written queries are in the run's `folder` or where the recipe says."""
     found, held, left = given_rows(recipe)
     more: dict[str, Any] = {}
     if recipe.queries.synthesize:
         file = synthesis.queries_file(recipe, folder)
-        found = [*found, *synthesis.read_written(recipe, file)]
+        found = joined(found, synthesis.read_written(recipe, file))
         more = {"written": synthesis.described(recipe, prompter, file)}
     queries, dropped = unique(found, recipe.queries, prompter)
     if recipe.eval.data is not None:
@@ -126,12 +128,13 @@ def read_rows(
             )
     groups = {
         "context.demos": [(r, prompter.query_text(r, prompter.demo_section)) for r in prompter.context.demos],
-        "queries": [(r, identity(prompter, r, recipe.queries)) for r in queries],
-        "eval": [(r, identity(prompter, r, section)) for r in held_out],
+        "queries": Lazy.over(queries, lambda r: (r, identity(prompter, r, recipe.queries))),
+        "eval": Lazy.over(held_out, lambda r: (r, identity(prompter, r, section))),
     }
     data.check_overlap(groups)
-    for row, part in [*((r, recipe.queries) for r in queries), *((r, section) for r in held_out)]:
-        prompter.check_no_leak(row, part)
+    for rows, part in ((queries, recipe.queries), (held_out, section)):
+        for row in rows:
+            prompter.check_no_leak(row, part)
     training, validation = data.split(queries, recipe.train.validation, recipe.train.seed + 1, group_of(recipe))
     splits = {
         "train": (training, recipe.queries),
@@ -146,7 +149,7 @@ def read_rows(
                 fix="give more queries, or eval.data",
             )
     counts = {name: len(part) for name, (part, _) in splits.items()}
-    hashes = fingerprint([[r.id for r in part] for part, _ in splits.values()])
+    hashes = fingerprint([(r.id for r in part) for part, _ in splits.values()])
     counts |= {"demos": len(prompter.context.demos), "dropped_duplicates": dropped, **left}
     return splits, {**counts, "sha256": hashes, **more}
 
@@ -158,7 +161,7 @@ def group_of(recipe: Recipe) -> Callable[[Row], str]:
     return lambda row: str(row.fields.get(CONVERSATION) or row.id) if recipe.queries.taught == "every" else row.id
 
 
-def unique(rows: list[Row], section: DataSection, prompter: Prompter) -> tuple[list[Row], int]:
+def unique(rows: Sequence[Row], section: DataSection, prompter: Prompter) -> tuple[Sequence[Row], int]:
     """Rows without repeated queries, if the section says to drop them; else as they are (`check_overlap` will refuse)."""
     if section.duplicates != "drop":
         return rows, 0
@@ -181,7 +184,7 @@ def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str
     counts = {name: value for name, value in rows.counts.items() if name != "written"}
     written = rows.counts.get("written") or {}
     identity = [written["sha256"], written["held_out_by"]] if written else []
-    prompts = fingerprint([[p.teacher, p.student] for found in rows.pairs.values() for p in found])
+    prompts = fingerprint([p.teacher, p.student] for found in rows.pairs.values() for p in found)
     c = recipe.context
     context = {
         "sha256": prompter.fingerprint,
@@ -227,7 +230,11 @@ def explicit(section: Any, prefix: str = "") -> list[str]:
 
 def stored_recipe(run: RunDir) -> Recipe:
     """The recipe that a run was made with."""
-    stored = run.read_json("recipe.json")
+    return recipe_of(run.read_json("recipe.json"))
+
+
+def recipe_of(stored: dict[str, Any]) -> Recipe:
+    """The recipe in what `describe` wrote down."""
     full = Recipe.from_dict(stored["recipe"], base_dir=stored["base_dir"])
     return Recipe.from_dict(_without_defaults(full, set(stored["explicit"])), base_dir=stored["base_dir"])
 

@@ -442,6 +442,39 @@ def checked(out: Console, found: Mapping[str, Any]) -> None:
     out.print(plain(f"the export {verb} as the student does", style))
 
 
+def targets(out: Console, action: str, found: Mapping[str, Any]) -> None:
+    """What was found in a target store, or done with it."""
+    shards = (
+        f"{found['folder']}: {found['rows']:,} rows in {found['shards']:,} shards, {found['bytes'] / 2**20:,.1f} MB"
+    )
+    out.print(plain(shards), soft_wrap=True)
+    if action == "verify":
+        for bad in found["damaged"]:
+            out.print(plain(f"✗ {bad['shard']} ({bad['rows']} rows): {bad['problem']}", "red"), soft_wrap=True)
+        good = not found["damaged"]
+        out.print(plain("✓ every checksum is right", "green") if good else plain("drop them: ctxdistill targets prune"))
+    elif action == "stats":
+        rows = [[kind, *(f"{c[name]:,}" for name in ("rows", "tokens", "bytes")),
+                 f"{c['bytes_per_token']:,.1f}" if c["tokens"] else "-"] for kind, c in found["kinds"].items()]  # fmt: skip
+        out.print(_columns(["kind", "rows", "tokens", "bytes", "bytes per token"], rows))
+        unused = "not known" if found["unused"] is None else f"{found['unused']:,}"
+        more = {
+            "rows the run does not use": unused,
+            "repeated rows": found["repeated"],
+            "files left over": found["leftovers"],
+        }
+        for name, value in more.items():
+            out.print(plain(f"  {name}: {value}"))
+    else:
+        before = found["before"]
+        out.print(plain(f"  before: {before['shards']:,} shards, {before['bytes'] / 2**20:,.1f} MB"))
+        out.print(plain("  rows dropped: " + ", ".join(f"{n:,} {name}" for name, n in found["dropped"].items())))
+        if not found["unused_known"]:
+            out.print(
+                plain("  which rows are used is known only of a run that alone uses its targets; all others stay")
+            )
+
+
 # -- prompts ----------------------------------------------------------------------------------------------------------
 
 

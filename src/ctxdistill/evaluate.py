@@ -27,7 +27,9 @@ from ctxdistill.lm import LM
 from ctxdistill.prompts import Pair, Prompter, join
 from ctxdistill.recipe import CompletionsSection, EvalSection, Recipe, TargetsSection
 from ctxdistill.rundir import Progress, no_progress
-from ctxdistill.targets import Target, TargetStore, label, score_labels
+from ctxdistill.spool import Lazy
+from ctxdistill.store import Target, TargetStore
+from ctxdistill.targets import label, score_labels
 
 FEW_ROWS = 30
 """Below this, a gain that is there but not proven does not stop a run."""
@@ -137,7 +139,7 @@ def teacher_targets(
     recipe: Recipe,
     store: TargetStore,
     progress: Progress = no_progress,
-) -> list[Target]:
+) -> Sequence[Target]:
     """The teacher's own answers on held-out rows (greedy, or its label), with its exact hidden states."""
     completions = CompletionsSection(
         source="label" if recipe.prompt.label_words else "teacher",
@@ -158,7 +160,7 @@ def teacher_targets(
         progress=progress,
         stage="in-context answers",
     )
-    return [row[0] for row in made]
+    return Lazy.over(made, lambda row: row[0])
 
 
 @torch.no_grad()
@@ -177,7 +179,7 @@ def score_arm(
     batch = recipe.targets.batch_size
     scores: list[Score] = []
     with lm.adapter(arm == "distilled"):
-        prompts = [pair.teacher if arm == "in_context" else pair.student for pair in pairs]
+        prompts = Lazy.over(pairs, lambda pair: pair.teacher if arm == "in_context" else pair.student)
         prefix = lm.prefix(prompts)
         for start in range(0, len(pairs), batch):
             some = slice(start, start + batch)

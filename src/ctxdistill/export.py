@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -274,7 +274,7 @@ def describe(job: Job, format: str) -> dict[str, Any]:
     }
 
 
-def held_out(run: RunDir, recipe: Recipe, prompter: Prompter) -> tuple[list[Any], Any]:
+def held_out(run: RunDir, recipe: Recipe, prompter: Prompter) -> tuple[Sequence[Any], Any]:
     """The evaluation's rows, and the section that says how to read them."""
     return read_rows(recipe, prompter, run.path)[0]["eval"]
 

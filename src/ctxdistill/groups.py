@@ -8,6 +8,7 @@ of a table share no row and leave none out; means are over tokens for the KL and
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,9 +52,13 @@ def by_part(
         examples: what was trained on.
     """
     names = list(dict.fromkeys([*order, *(part[i] for i in part)]))
+    trained_rows, trained_tokens, last = Counter[str | None](), Counter[str | None](), ""
+    for e in examples:  # those of a row come one after the other
+        trained_rows[part.get(e.id)] += e.id != last
+        trained_tokens[part.get(e.id)] += len(e.target.ids)
+        last = e.id
     table = []
     for name in names:
-        trained = [e for e in examples if part.get(e.id) == name]
         mine = {arm: [s for s in rows if part.get(s["row"]) == name] for arm, rows in scores.items()}
         held = next(iter(mine.values()), [])
         metrics = {
@@ -66,8 +71,8 @@ def by_part(
         }
         table.append({
             "part": name,
-            "train_rows": len({e.id for e in trained}),
-            "train_tokens": sum(len(e.target.ids) for e in trained),
+            "train_rows": trained_rows[name],
+            "train_tokens": trained_tokens[name],
             "rows": len(held),
             "tokens": sum(s["tokens"] for s in held),
             "kl_before": mean_kl(mine.get("zero_shot", [])),

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -599,15 +599,16 @@ class LM:
 # -- finding and loading ----------------------------------------------------------------------------------------------
 
 
-def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
+def common_prefix(sequences: Iterable[Sequence[int]]) -> list[int]:
     """Longest common start that leaves every sequence at least one token."""
-    low, high = (
-        min(map(tuple, sequences)),
-        max(map(tuple, sequences)),
-    )  # lexicographic extremes share exactly what all share
-    limit = min(map(len, sequences)) - 1
+    every = iter(sequences)
+    low = high = tuple(next(every))  # lexicographic extremes share exactly what all share
+    limit = len(low)
+    for sequence in every:
+        one = tuple(sequence)
+        low, high, limit = min(low, one), max(high, one), min(limit, len(one))
     n = 0
-    while n < limit and low[n] == high[n]:
+    while n < limit - 1 and low[n] == high[n]:
         n += 1
     return list(low[:n])
 
@@ -644,13 +645,15 @@ def made_for_hash(folder: Path) -> str | None:
         return None
 
 
-def check_fit(lengths: Sequence[tuple[str, int]], window: int, what: str) -> None:
+def check_fit(lengths: Iterable[tuple[str, int]], window: int, what: str) -> None:
     """Raise `FitError` naming the longest sequences that do not fit. `lengths`: (where from, tokens) pairs."""
-    long = [(n, where) for where, n in lengths if n > window]
+    count, long, longest = 0, 0, (0, "")
+    for where, n in lengths:
+        count, long, longest = count + 1, long + (n > window), max(longest, (n, where))
     if long:
-        n, where = max(long)
+        n, where = longest
         raise FitError(
-            f"{what} does not fit the model's window: {len(long)} of {len(lengths)} rows",
+            f"{what} does not fit the model's window: {long} of {count} rows",
             expected=f"at most {window} tokens, answer included",
             found=f"{n} tokens ({where})",
             fix="use fewer demonstrations (context.demos_limit), documents in chunks (context.chunk_tokens), fewer "

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
 from ctxdistill.adapters import encoder_of, scale
 from ctxdistill.behaviour import Check, base_targets, behaviour, unrelated
+from ctxdistill.cluster import label_spread
 from ctxdistill.compose import compose
 from ctxdistill.crosstalk import groups_of, matrix
 from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe, synthesize
@@ -38,7 +40,9 @@ from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress
 from ctxdistill.session import Piece, Session
-from ctxdistill.targets import TargetStore, label
+from ctxdistill.spool import Lazy
+from ctxdistill.store import TargetStore
+from ctxdistill.targets import Labelling, label
 from ctxdistill.train import Example, train
 from ctxdistill.weights import load_tokenizer, packaged_gguf
 
@@ -80,7 +84,7 @@ def distill(
     try:
         run.write_json("recipe.json", manifest)
         log.info("loss: %s = %s", recipe.train.loss, losses.LOSSES[recipe.train.loss].formula)
-        store = TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else run / "targets")
+        store = TargetStore.of(recipe, run.path)
 
         with timed(run, "gate"):
             verdict = run_gate(recipe, lm, prompter, rows, store, run, progress)
@@ -96,9 +100,9 @@ def distill(
                 for split in ("train", "validation")
             )
             retained = keep_examples(recipe, lm, prompter, store)
-        save_prompts(run, prompter, rows, [*examples, *validation])
+        save_prompts(run, prompter, rows, [examples, validation])
 
-        lm.add_adapter(recipe.lora, recipe.train.seed, common_prefix([p.teacher for p in rows.pairs["train"]]))
+        lm.add_adapter(recipe.lora, recipe.train.seed, common_prefix(p.teacher for p in rows.pairs["train"]))
         with timed(run, "train"):
             source = None
             if recipe.train.on_policy:
@@ -122,6 +126,41 @@ def distill(
         reports.write_card(run.path)
         reports.write_report(run.path)
         return Run(run.path, result)
+    finally:
+        run.release()
+
+
+def label_rows(
+    recipe: Recipe, out: str | Path | None = None, *, ray: str | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Ask the teacher about all queries, into the run folder `out` (or `targets.dir`), where `distill` finds the targets.
+    What is there already is kept.
+
+    Args:
+        ray: the address of a Ray cluster that does the work, or `local`; unset: this process.
+
+    Returns: `run` and `targets` (folders), `rows` and `made` (completions in all, and those that were missing).
+    """
+    progress = progress or no_progress
+    run = RunDir(out or Path("runs") / (recipe.name or "run"))
+    lm, prompter, rows = prepare(recipe, run.path, progress)
+    manifest = describe(recipe, lm, prompter, rows)
+    run.claim(manifest["fingerprint"], resume=True)
+    try:
+        run.write_json("recipe.json", manifest)
+        store = TargetStore.of(recipe, run.path)
+        works = {split: Labelling(lm, prompter, rows.pairs[split], recipe) for split in ("train", "validation")}
+        there = len(store)
+        with timed(run, "label"):
+            for work in works.values():
+                store.note_used(work.keys)
+            if ray:
+                label_spread(ray, manifest, run.path, works, store, progress)
+            for work in works.values():
+                for done in work.run(store):  # with a cluster, nothing is left to do
+                    progress("teacher", done, len(work.keys))
+        total = sum(len(work.keys) for work in works.values())
+        return {"run": str(run.path), "targets": str(store.folder), "rows": total, "made": len(store) - there}
     finally:
         run.release()
 
@@ -173,7 +212,7 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
     folder.claim(describe(recipe, lm, prompter, rows)["fingerprint"], resume=True)
     try:
         lm.load_adapter(folder / "adapter")
-        store = TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else folder / "targets")
+        store = TargetStore.of(recipe, folder.path)
         result = measure(recipe, lm, prompter, rows, store, folder, list(evaluation.ARMS), progress or no_progress)
         result |= {key: old[key] for key in ("gate", "training", "notes", "completions") if key in old}
         made = make_examples(recipe, lm, prompter, rows.pairs["train"], store, no_progress)  # from the store
@@ -286,7 +325,7 @@ def make_examples(
     store: TargetStore,
     progress: Progress,
     judged: Counter[str] | None = None,
-) -> list[Example]:
+) -> Sequence[Example]:
     """Ask the teacher about the queries; an `Example` for each completion that is accepted. `judged` counts the fates.
 
     Raises: `DataError` when none is accepted.
@@ -297,8 +336,10 @@ def make_examples(
     made = label(lm, prompter, pairs, recipe, store, progress=progress)
     checker = recipe.completions.checker
     check = evaluation.load_function(checker, recipe, "completions.checker") if checker else None
-    examples = []
-    for pair, target in ((pair, target) for pair, targets in zip(pairs, made, strict=True) for target in targets):
+    accepted, samples = array("Q"), recipe.completions.samples
+    for number, (pair, target) in enumerate(
+        (pair, target) for pair, targets in zip(pairs, made, strict=True) for target in targets
+    ):
         fate = "accepted"
         if not target.ids:
             fate = "no answer found by completions.extract"
@@ -306,14 +347,19 @@ def make_examples(
             fate = f"rejected by {checker}"
         judged[fate] += 1
         if fate == "accepted":
-            examples.append(Example(pair.id, pair.student, target))
-    if not examples:
+            accepted.append(number)
+    if not accepted:
         raise DataError(
             "none of the teacher's completions is accepted",
             found=", ".join(f"{fate} {n}" for fate, n in judged.items()),
             fix="look at what the teacher writes (ctxdistill gate, or try), then change the pattern or the checker",
         )
-    return examples
+
+    def example(number: int) -> Example:
+        pair = pairs[number // samples]
+        return Example(pair.id, pair.student, made[number // samples][number % samples])
+
+    return Lazy(accepted, example)
 
 
 def keep_examples(recipe: Recipe, lm: LM, prompter: Prompter, store: TargetStore) -> list[Example]:
@@ -367,10 +413,13 @@ def scores_of(run: RunDir, arms: Sequence[str] = evaluation.ARMS) -> dict[str, l
     return {arm: [s for s in scores if s["arm"] == arm] for arm in arms}
 
 
-def save_prompts(run: RunDir, prompter: Prompter, rows: Data, examples: Sequence[Example], most: int = 200) -> None:
-    """`prompts.jsonl`: the first rows as `ctxdistill show` prints them."""
-    ids = {e.id: e.target.ids for e in reversed(examples)}
-    flat = [(split, row, section) for split, (found, section) in rows.splits.items() for row in found][:most]
+def save_prompts(
+    run: RunDir, prompter: Prompter, rows: Data, examples: Sequence[Sequence[Example]], most: int = 200
+) -> None:
+    """`prompts.jsonl`: the first rows as `ctxdistill show` prints them, with the first of their completions."""
+    first = most * prompter.recipe.completions.samples  # examples are in the order of the rows
+    ids = {e.id: e.target.ids for some in reversed(examples) for e in reversed(some[:first])}
+    flat = [(split, row, section) for split, (found, section) in rows.splits.items() for row in found[:most]][:most]
     run.write_jsonl(
         "prompts.jsonl", [prompter.shown(row, section, split, ids.get(row.id)) for split, row, section in flat]
     )
@@ -399,6 +448,7 @@ __all__ = [
     "distill",
     "evaluate",
     "gate",
+    "label_rows",
     "load_student",
     "plan",
     "queries",

@@ -24,7 +24,8 @@ from ctxdistill.generic import TRAINED
 from ctxdistill.lm import LM
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe, TargetsSection
-from ctxdistill.targets import Target, TargetStore, label
+from ctxdistill.store import Target, TargetStore
+from ctxdistill.targets import label
 from ctxdistill.train import Example, batch_loss
 
 ARMS_TIMED = 3

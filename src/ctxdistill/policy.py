@@ -31,7 +31,9 @@ from ctxdistill.lm import LM, Prefix
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import CompletionsSection, Recipe, TrainSection
 from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress
-from ctxdistill.targets import TargetStore, label
+from ctxdistill.spool import Lazy
+from ctxdistill.store import TargetStore
+from ctxdistill.targets import label
 from ctxdistill.train import Example, Stats, batch_loss, rows_of
 
 JUDGED = 64
@@ -76,12 +78,13 @@ class Rounds:
     ) -> None:
         self.lm, self.prompter, self.recipe, self.run, self.progress = lm, prompter, recipe, run, progress
         self.examples = examples
-        self.pairs = {pair.id: pair for pair in pairs}
+        self.pairs = pairs
+        self.numbers = {pair.id: number for number, pair in enumerate(pairs)}
         self.section = recipe.train
         self.per_epoch = math.ceil(len(examples) / self.section.batch_size)
         self.steps = self.per_epoch * self.section.epochs
         self.length = self.section.round_steps or self.per_epoch
-        self.teacher = habits([e.target.ids for e in examples], prompter)
+        self.teacher = habits(Lazy.over(examples, lambda e: e.target.ids), prompter)
         self.number = -1
         self.batches: dict[int, list[Example]] = {}
         self._prefix: Prefix | None = None
@@ -115,13 +118,13 @@ class Rounds:
         if not items:
             return []
         examples = [self.examples[item.row] for item in items]
-        pairs = [self.pairs[e.id] for e in examples]
+        pairs = [self.pairs[self.numbers[e.id]] for e in examples]
         ids = self._written(number, items)
         for old in range(number - 1):  # nothing goes on from there any more
             shutil.rmtree(self.run / f"rounds/{old + 1:05d}", ignore_errors=True)
         with torch.no_grad(), self.lm.adapter(False):
             if self._prefix is None:
-                self._prefix = self.lm.prefix([pair.teacher for pair in self.pairs.values()])
+                self._prefix = self.lm.prefix(Lazy.over(self.pairs, lambda pair: pair.teacher))
         targets = label(
             self.lm,
             self.prompter,

@@ -19,6 +19,7 @@ from ctxdistill.errors import DataError, ModelError, RecipeError
 from ctxdistill.recipe import DataSection, Recipe, fields_of
 from ctxdistill.rows import Row
 from ctxdistill.rundir import fingerprint
+from ctxdistill.spool import IdPairs, Lazy
 
 Message = dict[str, Any]
 """`role` and `content`, as chat templates take them; other keys (tool calls) pass through."""
@@ -267,10 +268,20 @@ class Prompter:
 
     def pair(self, row: Row, section: DataSection) -> Pair:
         """Both prompts of a row, as ids."""
-        answer = row.fields.get(section.answer)
-        teacher, student = (tuple(self._ids(row, section, teacher=side)) for side in (True, False))
-        query = self.query_text(row, section)
+        return self._pair(row, section, *self._both(row, section))
+
+    def _both(self, row: Row, section: DataSection) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(self._ids(row, section, teacher=True)), tuple(self._ids(row, section, teacher=False))
+
+    def _pair(self, row: Row, section: DataSection, teacher: tuple[int, ...], student: tuple[int, ...]) -> Pair:
+        answer, query = row.fields.get(section.answer), self.query_text(row, section)
         return Pair(row.id, query, None if answer is None else str(answer), teacher, student, row.origin, row.fields)
+
+    def pairs(self, rows: Sequence[Row], section: DataSection) -> Sequence[Pair]:
+        """Both prompts of all rows; the ids are in a file."""
+        ids = IdPairs()
+        ids.extend(self._both(row, section) for row in rows)
+        return Lazy(range(len(rows)), lambda i: self._pair(rows[i], section, *ids[i]))
 
     def request(self, row: Row, section: DataSection) -> list[Message] | str:
         """What a client sends to a server for the student to answer this row: messages, or in the text style the text."""

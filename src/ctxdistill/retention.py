@@ -106,7 +106,7 @@ _PUBLISHED = "use the published file"
 
 def _read(
     root: Path | None, local: str, hub: tuple[str, str | None, str], columns: tuple[str, ...], most: int
-) -> list[Record]:
+) -> Sequence[Record]:
     """The first `most` records (0: all), each with a value in every column."""
     problems: list[str] = []
     if root is None:

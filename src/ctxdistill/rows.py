@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from ctxdistill.errors import DataError, several
 from ctxdistill.recipe import DataSection, Recipe, fields_of
+from ctxdistill.spool import Lazy, Records
 
 MAX_BYTES = 10_000_000
 """Longest line, document or text file; more is a wrong file, and is not read into memory."""
@@ -32,7 +35,7 @@ HUB = "hub:"
 Fields = dict[str, Any]
 Record = tuple[str, Fields]
 """(origin, columns)."""
-Reader = Callable[[Path, int, list[str]], tuple[list[Record], int]]
+Reader = Callable[[Path, int, list[str]], tuple[Sequence[Record], int]]
 """(file, most records or 0 for all, list that problems are added to) -> (records, number of records in the file)."""
 
 
@@ -48,15 +51,11 @@ class Row:
     """Where it comes from, such as `queries.jsonl:12`."""
 
 
-_Repeat = tuple[Row, Row, str]
-"""(row, the earlier row with the same query, the query)."""
-
-
 @dataclass(frozen=True)
 class Rows:
     """What `read` found."""
 
-    rows: list[Row]
+    rows: Sequence[Row]
     left_out: int
     """Rows after the first `limit`."""
     source: str
@@ -99,12 +98,19 @@ def read(
     if not records and not problems:
         raise DataError(f"{what}: {source} is empty", expected="at least one row", found="none")
     if section.messages and section.turns != "query":
-        records = [_split_turns(record, section, recipe, problems) for record in records]
+        split_records = Records()
+        split_records.extend(_split_turns(record, section, recipe, problems) for record in records)
+        records = split_records
     problems += _check(records, _columns(section, recipe, what, answers), recipe.prompt.label_words)
     if problems:
         fix = "mend these lines, or name other columns in the recipe"
         raise several(DataError, f"{what}: {source}", problems, fix=fix)
-    return Rows([Row(row_id(fields), fields, origin) for origin, fields in records], total - len(records), source)
+    return Rows(rows_of(records), total - len(records), source)
+
+
+def rows_of(records: Sequence[Record]) -> Sequence[Row]:
+    """The records as rows."""
+    return Lazy.over(records, lambda record: Row(row_id(record[1]), record[1], record[0]))
 
 
 def read_rows(path: Path) -> list[Fields]:
@@ -156,40 +162,40 @@ def check_overlap(groups: Mapping[str, Sequence[tuple[Row, str]]]) -> None:
     Args:
         groups: name (`demos`, `train queries`, `eval`) -> rows with their query texts.
     """
-    firsts: dict[str, dict[str, Row]] = {}
+    keys = {name: _Keys(group) for name, group in groups.items()}
     problems = []
-    for name, group in groups.items():
-        firsts[name], twice = _firsts(group)
-        if twice:
+    for name, own in keys.items():
+        if len(twice := own.repeated.tolist()):
             count = _count(len(twice), "row")
-            problems.append(f"{name}: {count} with a query that occurred before: {_examples(twice)}")
+            problems.append(f"{name}: {count} with a query that occurred before: {own.examples(own, twice)}")
     for a, b in itertools.combinations(groups, 2):
-        shared = [(row, firsts[a][key], text) for row, text in groups[b] if (key := query_key(text)) in firsts[a]]
-        if shared:
-            problems.append(f"{a} and {b} overlap in {_count(len(shared), 'row')} of {b}: {_examples(shared)}")
+        if shared := np.flatnonzero(np.isin(keys[b].all, keys[a].found)).tolist():
+            examples = keys[a].examples(keys[b], shared)
+            problems.append(f"{a} and {b} overlap in {_count(len(shared), 'row')} of {b}: {examples}")
     if problems:
         fix = 'remove these rows from one of the sides; queries.duplicates = "drop" drops repeated rows inside a file'
         raise several(DataError, "rows that should be different are the same", problems, fix=fix)
 
 
-def drop_duplicates(rows: Sequence[Row], key: Callable[[Row], str]) -> tuple[list[Row], int]:
+def drop_duplicates(rows: Sequence[Row], key: Callable[[Row], str]) -> tuple[Sequence[Row], int]:
     """The rows without those whose query already occurred, and how many these were. `key` gives a row's query text."""
-    firsts, repeated = _firsts([(row, key(row)) for row in rows])
-    return list(firsts.values()), len(repeated)
+    keys = _Keys(Lazy.over(rows, lambda row: (row, key(row))))
+    return Lazy(np.sort(keys.firsts), rows.__getitem__), len(keys.repeated)
 
 
 def split(
     rows: Sequence[Row], share: float, seed: int, group: Callable[[Row], str] = lambda row: row.id
-) -> tuple[list[Row], list[Row]]:
+) -> tuple[Sequence[Row], Sequence[Row]]:
     """(kept, held out), both in their order: `share` of the groups is held out, chosen by hash of seed and group.
 
     The choice depends on content and not on position, and changes little when rows are added. Rows of one `group` (by
     default: with the same id) stay together. With a share above 0 and at least two groups, neither side is empty.
     """
-    groups = sorted({group(row) for row in rows}, key=lambda g: hashlib.sha256(f"{seed}:{g}".encode()).digest())
-    count = min(max(1, round(share * len(groups))), len(groups) - 1) if share > 0 and groups else 0
-    held = set(groups[:count])
-    return [row for row in rows if group(row) not in held], [row for row in rows if group(row) in held]
+    drawn = _digests(f"{seed}:{group(row)}" for row in rows)  # [N]
+    groups = np.unique(drawn)
+    count = min(max(1, round(share * len(groups))), len(groups) - 1) if share > 0 and len(groups) else 0
+    held = drawn <= groups[count - 1] if count else np.zeros(len(drawn), dtype=bool)
+    return Lazy(np.flatnonzero(~held), rows.__getitem__), Lazy(np.flatnonzero(held), rows.__getitem__)
 
 
 def read_text(name: str, recipe: Recipe, what: str) -> str:
@@ -229,8 +235,8 @@ def read_messages(name: str, recipe: Recipe, what: str) -> list[dict[str, Any]]:
 # -- readers ----------------------------------------------------------------------------------------------------------
 
 
-def _read_jsonl(path: Path, most: int, problems: list[str]) -> tuple[list[Record], int]:
-    records: list[Record] = []
+def _read_jsonl(path: Path, most: int, problems: list[str]) -> tuple[Sequence[Record], int]:
+    records = Records()
     total = 0
     for number, line in lines(path, problems):
         if not line.strip():
@@ -267,7 +273,7 @@ def _read_json(path: Path, most: int, problems: list[str]) -> tuple[list[Record]
     return records[: most or None], len(items)
 
 
-def _read_csv(path: Path, most: int, problems: list[str], dialect: str = "excel") -> tuple[list[Record], int]:
+def _read_csv(path: Path, most: int, problems: list[str], dialect: str = "excel") -> tuple[Sequence[Record], int]:
     texts = (line for _, line in lines(path, problems))
     before = csv.field_size_limit(MAX_BYTES)
     try:
@@ -276,13 +282,13 @@ def _read_csv(path: Path, most: int, problems: list[str], dialect: str = "excel"
         csv.field_size_limit(before)
 
 
-def _read_tsv(path: Path, most: int, problems: list[str]) -> tuple[list[Record], int]:
+def _read_tsv(path: Path, most: int, problems: list[str]) -> tuple[Sequence[Record], int]:
     return _read_csv(path, most, problems, "excel-tab")
 
 
-def _csv_records(reader: Any, name: str, most: int, problems: list[str]) -> tuple[list[Record], int]:
+def _csv_records(reader: Any, name: str, most: int, problems: list[str]) -> tuple[Sequence[Record], int]:
     header: list[str] | None = None
-    records: list[Record] = []
+    records = Records()
     total = 0
     while True:
         start = reader.line_num + 1  # a quoted field may go over several lines
@@ -309,29 +315,30 @@ def _csv_records(reader: Any, name: str, most: int, problems: list[str]) -> tupl
             records.append((f"{name}:{start}", {k: cell or None for k, cell in zip(header, cells, strict=True)}))
 
 
-def _read_parquet(path: Path, most: int, problems: list[str]) -> tuple[list[Record], int]:
+def _read_parquet(path: Path, most: int, problems: list[str]) -> tuple[Sequence[Record], int]:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    records: list[Record] = []
+    records = Records()
     try:
         with pq.ParquetFile(path) as file:
             total = int(file.metadata.num_rows)
             wanted = min(most or total, total)
             for batch in file.iter_batches(batch_size=1024):
                 start = len(records) + 1
-                records += [(f"{path.name}:{i}", fields) for i, fields in enumerate(batch.to_pylist(), start)]
+                found = [(f"{path.name}:{i}", fields) for i, fields in enumerate(batch.to_pylist(), start)]
+                records.extend(found[: wanted - len(records)])
                 if len(records) >= wanted:
                     break
     except (pa.ArrowException, OSError) as error:
         problems.append(f"{path.name}: cannot be read as Parquet: {error}")
         return [], 0
-    return records[:wanted], total
+    return records, total
 
 
 def read_hub(
     name: str, config: str | None, split: str, most: int = 0, *, what: str, fix: str, **options: Any
-) -> tuple[str, list[Record], int]:
+) -> tuple[str, Sequence[Record], int]:
     """(source, records, number of records there) of a hub data set, class labels read as their names.
 
     Args:
@@ -356,7 +363,7 @@ def read_hub(
     total = len(table)
     chosen = table.select(range(min(most or total, total)))
     names = {column: feature for column, feature in table.features.items() if hasattr(feature, "int2str")}
-    records = []
+    records = Records()
     for number, row in enumerate(chosen, 1):
         named = {k: _class_name(names[k], v) if k in names else v for k, v in row.items()}
         records.append((f"{name}:{split}:{number}", named))
@@ -560,22 +567,37 @@ def row_id(fields: Fields) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def _firsts(group: Sequence[tuple[Row, str]]) -> tuple[dict[str, Row], list[_Repeat]]:
-    """(query key -> the first row that has it, the rows after it)."""
-    firsts: dict[str, Row] = {}
-    repeats = []
-    for row, text in group:
-        key = query_key(text)
-        if key in firsts:
-            repeats.append((row, firsts[key], text))
-        else:
-            firsts[key] = row
-    return firsts, repeats
+class _Keys:
+    """Where the queries of a group are, 24 bytes for each."""
+
+    def __init__(self, group: Sequence[tuple[Row, str]]) -> None:
+        self.group = group
+        self.all = _digests(query_key(text) for _, text in group)  # [N]
+        self.found, self.firsts = np.unique(self.all, return_index=True)
+
+    @property
+    def repeated(self) -> np.ndarray[Any, Any]:
+        """Numbers of the rows whose query occurred before."""
+        first = np.zeros(len(self.all), dtype=bool)
+        first[self.firsts] = True
+        return np.flatnonzero(~first)
+
+    def examples(self, others: _Keys, places: Sequence[int]) -> str:
+        """The first few of the rows of `others` whose query is here, too."""
+        shown = []
+        for place in places[:3]:
+            row, text = others.group[place]
+            first, _ = self.group[self.firsts[np.searchsorted(self.found, others.all[place])]]
+            shown.append(f"{row.origin} = {first.origin} ({_short(text, 40)})")
+        return "; ".join(shown) + ("; ..." if len(places) > 3 else "")
 
 
-def _examples(pairs: Sequence[_Repeat]) -> str:
-    shown = [f"{row.origin} = {first.origin} ({_short(text, 40)})" for row, first, text in pairs[:3]]
-    return "; ".join(shown) + ("; ..." if len(pairs) > 3 else "")
+def _digests(texts: Iterable[str]) -> np.ndarray[Any, Any]:
+    """16 bytes for each text, equal where the texts are, [N]."""
+    raw = bytearray()
+    for text in texts:
+        raw += hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+    return np.frombuffer(bytes(raw), dtype="S16")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

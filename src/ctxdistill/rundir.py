@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,22 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 
 def fingerprint(value: Any) -> str:
-    """32 hex digits that change when the JSON form of `value` changes."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()[:32]
+    """32 hex digits that change when the JSON form of `value` changes. An iterator counts as a list, which is never in
+    memory as a whole."""
+    digest = hashlib.sha256()
+    for piece in _json_pieces(value):
+        digest.update(piece.encode())
+    return digest.hexdigest()[:32]
+
+
+def _json_pieces(value: Any) -> Iterator[str]:
+    if isinstance(value, Iterator) or (isinstance(value, list) and any(isinstance(item, Iterator) for item in value)):
+        for number, item in enumerate(value):
+            yield ", " if number else "["
+            yield from _json_pieces(item)
+        yield "]"
+    else:
+        yield json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -1,4 +1,4 @@
-"""A study: every cell of a grid, one after the other, and what they come to.
+"""A study: every cell of a grid, one after the other or on a cluster, and what they come to.
 
 In: a `Study`. Out: a folder with `study_recipe.json`, `draws/` (which rows were used), `cells/*/{cell.json, scores.jsonl}`,
 `study.json` and the page. Invariants: a finished cell is never computed again, unless something that it depends on
@@ -9,12 +9,16 @@ each model, and every cell leaves them as it found them.
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.metadata
 import io
+import json
 import logging
+import os
 import platform
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +27,7 @@ from typing import Any
 from ctxdistill import study_report
 from ctxdistill.arms import Arm
 from ctxdistill.cells import Bench, run_cell
+from ctxdistill.cluster import fan_out
 from ctxdistill.draws import Draw, draw, held_out, without
 from ctxdistill.errors import CtxDistillError, FitError, ModelError
 from ctxdistill.grid import Cell, Study, cell_key, model_label
@@ -55,6 +60,7 @@ def study(
     *,
     retry: bool = False,
     paper_csv: str | Path | None = None,
+    ray: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Run every cell of `grid` that is not finished, then write the page; returns its path.
@@ -63,6 +69,7 @@ def study(
         out: the study's folder. Unset: `runs/<name>`.
         retry: compute cells again that failed or did not fit.
         paper_csv: the paper's runs, to be shown beside ours (see `analysis.analyse`).
+        ray: the address of a Ray cluster that computes the cells, or `local`; unset: this process.
 
     Raises: `CtxDistillError` when the data or a model cannot be had; a cell's own trouble becomes its row.
     """
@@ -77,10 +84,9 @@ def study(
         done = len(cells) - len(todo)
         if done:
             log.info("%d of %d cells are finished", done, len(cells))
-        runner = Runner(grid, folder, tasks, progress)
-        for cell in todo:
-            progress(f"cells ({cell.id})", done, len(cells))
-            runner.run(cell)
+        if todo:
+            progress(f"cells ({todo[0].id})", done, len(cells))
+        for cell in spread(ray, grid, folder, todo) if ray else alone(grid, folder, tasks, todo, progress):
             done += 1
             progress(f"cells ({cell.id})", done, len(cells))
         if grid.grid.draw == "paper":
@@ -88,6 +94,61 @@ def study(
         return study_report.write_report(folder.path, paper_csv)
     finally:
         folder.release()
+
+
+def alone(
+    grid: Study, folder: RunDir, tasks: dict[str, TaskRows], todo: Sequence[Cell], progress: Progress
+) -> Iterator[Cell]:
+    """Compute the cells one after the other; each is yielded when its files are there."""
+    runner = Runner(grid, folder, tasks, progress)
+    for cell in todo:
+        runner.run(cell)
+        yield cell
+
+
+def spread(address: str, grid: Study, folder: RunDir, todo: Sequence[Cell]) -> Iterator[Cell]:
+    """Compute the cells on a Ray cluster; each is yielded when its files are there."""
+    places = {cell.id: number for number, cell in enumerate(grid.cells())}
+    spec = json.dumps({"study": grid.to_dict(), "base_dir": str(grid.base_dir.resolve())}, default=str)
+    work = functools.partial(_computed, spec)
+    for number, files in fan_out(address, work, [places[cell.id] for cell in todo]):
+        take(folder, todo[number], files)
+        yield todo[number]
+
+
+def take(folder: RunDir, cell: Cell, files: dict[str, bytes]) -> None:
+    """Put what a worker made of a cell into the study's folder, the cell's own files all at once."""
+    place, beside = folder / "cells" / cell.id, folder / f".{cell.id}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    for name, raw in files.items():
+        own = Path(name)
+        if own.parent.as_posix() == f"cells/{cell.id}":
+            write_atomic(beside / own.name, raw)
+        elif own.parent.as_posix() == "draws":
+            write_atomic(folder / name, raw)
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(exist_ok=True)
+    os.replace(beside, place)
+
+
+@functools.lru_cache(maxsize=1)
+def _runner(spec: str) -> Runner:
+    """In a worker: the study, with a folder of its own."""
+    given = json.loads(spec)
+    grid = Study.from_dict(given["study"], given["base_dir"])
+    tasks = {name: read_task(grid, name) for name in grid.tasks.names}
+    return Runner(grid, RunDir(tempfile.mkdtemp(prefix="ctxdistill-study-")), tasks, no_progress)
+
+
+def _computed(spec: str, number: int) -> dict[str, bytes]:
+    """The files of a cell: path in the study's folder -> bytes."""
+    runner = _runner(spec)
+    cell = runner.grid.cells()[number]
+    runner.run(cell)
+    files = [*(runner.folder / "cells" / cell.id).iterdir(), *(runner.folder / "draws").glob("*.json")]
+    found = {file.relative_to(runner.folder.path).as_posix(): file.read_bytes() for file in files if file.is_file()}
+    shutil.rmtree(runner.folder / "cells" / cell.id)
+    return found
 
 
 class Runner:

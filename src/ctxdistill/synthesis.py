@@ -196,7 +196,7 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def read_written(recipe: Recipe, file: Path) -> list[Row]:
+def read_written(recipe: Recipe, file: Path) -> Sequence[Row]:
     """The rows of the file, checked like any data. Raises: `DataError` when it is not there."""
     if not file.is_file():
         raise DataError(

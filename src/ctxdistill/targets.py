@@ -1,9 +1,9 @@
 """Fix the completion ids once, ask the teacher once, keep what the loss needs.
 
 In: pairs of prompts, the model with its adapter off. Out: a `Target` per completion: its ids and what the teacher said
-at each of its positions. Invariants: the store holds whole shards with checksums; a row's key covers everything its
-target depends on; batches are formed from the whole list and not from what is missing, so an interrupted labelling gives
-the same bits as an uninterrupted one.
+at each of its positions. Invariants: a row's key covers everything its target depends on; batches are formed from the whole
+list and not from what is missing, so a labelling that is interrupted, or done in parts, gives the same bits as one that is
+not; of a row that is not being labelled, 50 bytes are in memory.
 
 What is kept (`targets.kind`): `hidden` the final hidden state [T, d], exact since teacher and student share the head;
 `full` log-probabilities [T, V]; `topk` the largest log-probabilities and their ids [T, K], normalised over the whole
@@ -14,23 +14,21 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
-from collections import Counter
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 
-from ctxdistill.errors import RunError
 from ctxdistill.lm import LM, Prefix, common_prefix
 from ctxdistill.prompts import Pair, Prompter, join
 from ctxdistill.recipe import CompletionsSection, Recipe, TargetsSection
-from ctxdistill.rundir import Progress, fingerprint, no_progress, write_atomic
+from ctxdistill.rundir import Progress, fingerprint, no_progress
+from ctxdistill.spool import Lazy
+from ctxdistill.store import Keys, Target, TargetStore
 
 HEAD = 64
 """Positions whose logits are in memory at a time when labels are scored."""
@@ -40,69 +38,6 @@ FILLS = 4
 """A batch that is filled to this part at least is worth a shared document: reading it costs more than rows that are missing."""
 TREE = 32
 """Tokens of a tree of labels that cost about as much as one more prompt in the batch."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the student learns from one completion."""
-
-    key: str
-    ids: tuple[int, ...]
-    """Completion ids, the same on both sides."""
-    tensors: dict[str, torch.Tensor]
-    """`hidden` [T, d]; or `logprobs` [T, V]; or `topk_logprobs` and `topk_ids` [T, K]."""
-
-
-class TargetStore:
-    """A folder of safetensors shards and an `index.json`: key -> shard, shard -> checksum.
-
-    Raises (at construction): `RunError` naming a shard that is missing or whose bytes have changed.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.shards: dict[str, str] = {}  # file name -> sha256
-        self.where: dict[str, str] = {}  # key -> file name
-        index = folder / "index.json"
-        if not index.is_file():
-            return
-        try:
-            stored = json.loads(index.read_text(encoding="utf-8"))
-            self.shards, self.where = dict(stored["shards"]), dict(stored["keys"])
-        except (ValueError, KeyError, OSError) as error:
-            raise RunError(
-                f"{index} is damaged: {error}", fix=f"delete {folder}; the targets will be made again"
-            ) from None
-        for name, sha in self.shards.items():
-            path = folder / name
-            found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
-            if found != sha:
-                raise RunError(
-                    f"the target shard {path} is damaged",
-                    expected=f"sha256 {sha}",
-                    found=found,
-                    fix=f"delete {folder}; the targets will be made again",
-                )
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.where
-
-    def __getitem__(self, key: str) -> Target:
-        with safe_open(self.folder / self.where[key], framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(f"{key}.")]  # noqa: SIM118 (not a dict)
-            tensors = {name.partition(".")[2]: file.get_tensor(name) for name in names}
-        return Target(key, tuple(tensors.pop("ids").tolist()), tensors)
-
-    def add(self, targets: Sequence[Target]) -> None:
-        """Write one shard, then the index; a kill in between leaves a shard that nothing names and that is rewritten."""
-        tensors = {f"{t.key}.{name}": tensor.contiguous() for t in targets for name, tensor in t.tensors.items()}
-        tensors |= {f"{t.key}.ids": torch.tensor(t.ids, dtype=torch.int32) for t in targets}
-        name = f"{fingerprint([t.key for t in targets])}.safetensors"
-        raw = save(tensors)
-        write_atomic(self.folder / name, raw)
-        self.shards[name] = hashlib.sha256(raw).hexdigest()
-        self.where |= {t.key: name for t in targets}
-        write_atomic(self.folder / "index.json", json.dumps({"shards": self.shards, "keys": self.where}, indent=1))
 
 
 @dataclass(frozen=True)
@@ -129,9 +64,21 @@ def label(
     whole: bool = False,
     progress: Progress = no_progress,
     stage: str = "teacher",
-) -> list[list[Target]]:
+) -> Sequence[list[Target]]:
     """Targets for every pair: `completions.samples` of them each, in the order of `pairs`. A target without ids stands for
-    a completion in which `completions.extract` found no answer.
+    a completion in which `completions.extract` found no answer. See `Labelling` for the arguments."""
+    work = Labelling(
+        lm, prompter, pairs, recipe, completions=completions, kind=kind, written=written, prefix=prefix, whole=whole
+    )
+    store.note_used(work.keys)  # before, so that nobody drops the first ones while the last ones are labelled
+    for done in work.run(store):
+        progress(stage, done, len(work.keys))
+    return work.targets(store)
+
+
+class Labelling:
+    """The completions to label, in batches. Of each it holds the key and its place in the order; the rest is made when
+    its batch is due.
 
     Args:
         completions, kind: in the place of the recipe's, for rows that are evaluated and not trained on.
@@ -140,119 +87,187 @@ def label(
         prefix: what all teacher prompts start with, if it has been read already.
         whole: take all of a completion in which no answer was found.
     """
-    completions, kind = completions or recipe.completions, kind or recipe.targets
-    decisive = completions.model_dump(exclude={"checker"})
-    base = fingerprint(
-        [
-            lm.fingerprint,
-            prompter.end,
-            decisive,
-            whole and completions.extract,
-            kind.kind,
-            kind.k if kind.kind == "topk" else 0,
+
+    def __init__(
+        self,
+        lm: LM,
+        prompter: Prompter,
+        pairs: Sequence[Pair],
+        recipe: Recipe,
+        *,
+        completions: CompletionsSection | None = None,
+        kind: TargetsSection | None = None,
+        written: Sequence[tuple[int, ...]] | None = None,
+        prefix: Prefix | None = None,
+        whole: bool = False,
+    ) -> None:
+        self.lm, self.prompter, self.pairs, self.written, self.whole = lm, prompter, pairs, written, whole
+        self.completions, self.kind = completions or recipe.completions, kind or recipe.targets
+        self.prefix, self.given = prefix, prefix is not None
+        self.read: int | None = None  # the part whose start `prefix` is
+        self.base = self._base()
+        self.seed = recipe.train.seed if self.completions.temperature > 0 else 0
+        self.samples = self.completions.samples
+        raw, lengths = bytearray(), array("i")
+        for i, pair in enumerate(pairs):
+            for sample in range(self.samples):
+                raw += bytes.fromhex(self._key(pair, self._given(i, pair), sample))
+                lengths.append(len(pair.teacher))
+        self.keys: Keys = np.frombuffer(bytes(raw), dtype="S16")  # [N], N = pairs x samples
+        part = documents(Lazy(range(len(self.keys)), self._prompt))[1]  # [N]
+        count = np.bincount(part, minlength=1)
+        # a document with rows for a good part of a batch has batches of its own, for all of which it is read once; to write
+        # answers, every row of other batches reads its document itself
+        self.own = np.where(FILLS * count[part] >= self.kind.batch_size, part, 0)
+        order = np.lexsort((self.keys, np.frombuffer(lengths, dtype=np.int32), part))
+        self.order = order[np.argsort(self.own[order], kind="stable")]  # [N]
+        ends = np.flatnonzero(np.diff(self.own[self.order], append=-1)) + 1  # of the batches that share a document
+        size = self.kind.batch_size
+        self.batches = [
+            (first, min(first + size, end))
+            for start, end in itertools.pairwise([0, *ends.tolist()])
+            for first in range(start, end, size)
         ]
-    )
-    if completions.source == "label":
-        base = fingerprint([base, prompter.labels])
-    seed = recipe.train.seed if completions.temperature > 0 else 0
-    given: Sequence[tuple[int, ...] | None] = [None] * len(pairs)
-    if completions.source == "data":
-        given = written or [prompter.completion(pair.answer or "") for pair in pairs]
-    jobs = [
-        Job(pair, fingerprint([base, pair.teacher, ids, sample, seed]), ids)
-        for pair, ids in zip(pairs, given, strict=True)
-        for sample in range(completions.samples)
-    ]
-    group = documents([job.pair.teacher for job in jobs])
-    order = sorted(range(len(jobs)), key=lambda i: (group[i], len(jobs[i].pair.teacher), jobs[i].key))
-    size, count = kind.batch_size, Counter(group)
-    # a document with rows for a good part of a batch has batches of its own, for all of which it is read once; to write
-    # answers, every row of other batches reads its document itself
-    own = [part if FILLS * count[part] >= size else () for part in group]
-    alike = [list(found) for _, found in itertools.groupby(sorted(order, key=lambda i: own[i]), key=lambda i: own[i])]
-    chunks = [found[i : i + size] for found in alike for i in range(0, len(found), size)]
-    todo = [[jobs[i] for i in chunk if jobs[i].key not in store] for chunk in chunks]
-    with torch.no_grad(), lm.adapter(False):
-        known, read = prefix, None
-        for number, batch in enumerate(todo):
-            if known is None and batch and (part := own[chunks[number][0]]) != read:
-                # What all rows of this part start with, also when some are done: its length must not depend on what is left.
-                rows = [job.pair.teacher for job, mine in zip(jobs, own, strict=True) if mine == part or not part]
-                prefix, read = lm.prefix(rows), part
-            if batch:
-                store.add(_label_batch(lm, prompter, batch, completions, kind, seed, prefix, whole))
-            progress(stage, sum(map(len, chunks[: number + 1])), len(jobs))
-    made = [store[job.key] for job in jobs]
-    n = completions.samples
-    return [made[i : i + n] for i in range(0, len(made), n)]
 
-
-def documents(prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """What rows are put side by side by, so that a document that some of them share is read once for each batch: the
-    `SHARED` tokens behind what all rows start with, or () where no other row has the same ones."""
-    first = len(common_prefix(prompts)) if prompts else 0
-    found = [prompt[first : first + SHARED] for prompt in prompts]
-    count = Counter(found)
-    return [part if len(part) == SHARED and count[part] > 1 else () for part in found]
-
-
-def _label_batch(
-    lm: LM,
-    prompter: Prompter,
-    jobs: Sequence[Job],
-    completions: CompletionsSection,
-    kind: TargetsSection,
-    seed: int,
-    prefix: Prefix | None,
-    whole: bool,
-) -> list[Target]:
-    prompts: list[Sequence[int]] = [job.pair.teacher for job in jobs]
-    given = [job.ids for job in jobs if job.ids is not None]
-    if given:  # of one source: all of them or none
-        ids = given
-    elif completions.source == "label":
-        scores = score_labels(lm, prompts, prompter.labels, prefix=prefix, batch_size=kind.batch_size).logprobs
-        words = list(prompter.labels.values())
-        ids = [words[i] for i in scores.argmax(1).tolist()]
-    else:
-        seeds = [int(fingerprint([seed, job.key])[:15], 16) for job in jobs]
-        written = lm.generate(
-            prompts,
-            max_new_tokens=completions.max_new_tokens,
-            ends=prompter.ends,
-            temperature=completions.temperature,
-            seeds=seeds,
-            prefix=prefix,
+    def _base(self) -> str:
+        """What all keys have in common."""
+        c, kind = self.completions, self.kind
+        base = fingerprint(
+            [
+                self.lm.fingerprint,
+                self.prompter.end,
+                c.model_dump(exclude={"checker"}),
+                self.whole and c.extract,
+                kind.kind,
+                kind.k if kind.kind == "topk" else 0,
+            ]
         )
-        ids = [tuple(row) for row in written]
-        if completions.extract:
-            prompts, ids = _answers(prompter, prompts, ids, completions, whole)
-    found = [i for i, c in enumerate(ids) if c]
-    hidden = lm.hidden([join(prompts[i], ids[i]) for i in found], prefix) if found else []
-    kept = {i: keep(lm, h, kind) for i, h in zip(found, hidden, strict=True)}
-    return [Target(job.key, c, kept.get(i, {})) for i, (job, c) in enumerate(zip(jobs, ids, strict=True))]
+        return fingerprint([base, self.prompter.labels]) if c.source == "label" else base
 
+    def _given(self, i: int, pair: Pair) -> tuple[int, ...] | None:
+        if self.completions.source != "data":
+            return None
+        return self.written[i] if self.written else self.prompter.completion(pair.answer or "")
 
-def _answers(
-    prompter: Prompter,
-    prompts: Sequence[Sequence[int]],
-    written: Sequence[tuple[int, ...]],
-    completions: CompletionsSection,
-    whole: bool,
-) -> tuple[list[Sequence[int]], list[tuple[int, ...]]]:
-    """What is scored, behind which prompt: the answers behind the teacher's thoughts, or all; () where none was found."""
-    pattern = re.compile(completions.extract or "", re.DOTALL)
-    before: list[Sequence[int]] = []
-    ids: list[tuple[int, ...]] = []
-    for prompt, row in zip(prompts, written, strict=True):
-        parts = prompter.split_answer(row, pattern)
-        if parts and completions.teach == "answer":
-            before.append((*prompt, *parts[0]))
-            ids.append(parts[1])
+    def _key(self, pair: Pair, ids: tuple[int, ...] | None, sample: int) -> str:
+        return fingerprint([self.base, pair.teacher, ids, sample, self.seed])
+
+    def key(self, number: int) -> str:
+        """The key of completion `number`: sample `number % samples` of pair `number // samples`."""
+        return digits(self.keys, number)
+
+    def _prompt(self, number: int) -> tuple[int, ...]:
+        return self.pairs[number // self.samples].teacher
+
+    def job(self, number: int) -> Job:
+        i = number // self.samples
+        pair = self.pairs[i]
+        return Job(pair, self.key(number), self._given(i, pair))
+
+    def missing(self, batch: int, store: TargetStore) -> list[int]:
+        """The completions of a batch that are not in the store."""
+        return [n for n in self.order[slice(*self.batches[batch])].tolist() if self.key(n) not in store]
+
+    def run(self, store: TargetStore, batches: Iterable[int] | None = None) -> Iterator[int]:
+        """Label what is missing in `batches` (all of them), a shard each; after each, the number of completions behind it."""
+        for batch in range(len(self.batches)) if batches is None else batches:
+            first, end = self.batches[batch]
+            if todo := self.missing(batch, store):
+                with torch.no_grad(), self.lm.adapter(False):
+                    self._prefix(int(self.own[self.order[first]]))
+                    jobs = [self.job(n) for n in todo]
+                    store.add(self._label(jobs))
+            yield end
+
+    def _prefix(self, part: int) -> None:
+        """Read what the rows of a part start with, also when some are done: its length must not depend on what is left."""
+        if self.given or self.read == part:
+            return
+        rows = np.flatnonzero(self.own == part) if part else range(len(self.keys))
+        self.prefix = self.lm.prefix(Lazy(rows, self._prompt))
+        self.read = part
+
+    def targets(self, store: TargetStore) -> Sequence[list[Target]]:
+        """What the store holds for each pair, all being labelled."""
+        keys, samples = self.keys, self.samples
+        return Lazy(
+            range(len(self.pairs)), lambda i: [store[digits(keys, n)] for n in range(i * samples, (i + 1) * samples)]
+        )
+
+    def _label(self, jobs: Sequence[Job]) -> list[Target]:
+        """The targets of a batch, in one forward."""
+        lm, prompter, completions = self.lm, self.prompter, self.completions
+        prompts: list[Sequence[int]] = [job.pair.teacher for job in jobs]
+        given = [job.ids for job in jobs if job.ids is not None]
+        if given:  # of one source: all of them or none
+            ids = given
+        elif completions.source == "label":
+            size = self.kind.batch_size
+            scores = score_labels(lm, prompts, prompter.labels, prefix=self.prefix, batch_size=size).logprobs
+            words = list(prompter.labels.values())
+            ids = [words[i] for i in scores.argmax(1).tolist()]
         else:
-            before.append(prompt)
-            ids.append(row if parts or whole else ())
-    return before, ids
+            seeds = [int(fingerprint([self.seed, job.key])[:15], 16) for job in jobs]
+            written = lm.generate(
+                prompts,
+                max_new_tokens=completions.max_new_tokens,
+                ends=prompter.ends,
+                temperature=completions.temperature,
+                seeds=seeds,
+                prefix=self.prefix,
+            )
+            ids = [tuple(row) for row in written]
+            if completions.extract:
+                prompts, ids = self._answers(prompts, ids)
+        found = [i for i, c in enumerate(ids) if c]
+        hidden = lm.hidden([join(prompts[i], ids[i]) for i in found], self.prefix) if found else []
+        kept = {i: keep(lm, h, self.kind) for i, h in zip(found, hidden, strict=True)}
+        return [Target(job.key, c, kept.get(i, {})) for i, (job, c) in enumerate(zip(jobs, ids, strict=True))]
+
+    def _answers(
+        self, prompts: Sequence[Sequence[int]], written: Sequence[tuple[int, ...]]
+    ) -> tuple[list[Sequence[int]], list[tuple[int, ...]]]:
+        """What is scored, behind which prompt: the answers behind the teacher's thoughts, or all; () where none was found."""
+        pattern = re.compile(self.completions.extract or "", re.DOTALL)
+        before: list[Sequence[int]] = []
+        ids: list[tuple[int, ...]] = []
+        for prompt, row in zip(prompts, written, strict=True):
+            parts = self.prompter.split_answer(row, pattern)
+            if parts and self.completions.teach == "answer":
+                before.append((*prompt, *parts[0]))
+                ids.append(parts[1])
+            else:
+                before.append(prompt)
+                ids.append(row if parts or self.whole else ())
+        return before, ids
+
+
+def digits(keys: Keys, number: int) -> str:
+    """A key as 32 hex digits."""
+    return keys[number : number + 1].tobytes().hex()
+
+
+def documents(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], np.ndarray[Any, Any]]:
+    """What rows are put side by side by, so that a document that some of them share is read once for each batch: the
+    `SHARED` tokens behind what all rows start with.
+
+    Returns: the parts that more than one row has, in order, () first; and for each prompt the number of its part, [N], 0
+        where no other row has the same one.
+    """
+    first = len(common_prefix(prompts)) if prompts else 0
+    raw = bytearray()
+    for prompt in prompts:
+        part = prompt[first : first + SHARED]
+        raw += hashlib.sha256(str(part).encode()).digest()[:16] if len(part) == SHARED else bytes(16)
+    found, where, inverse, count = np.unique(
+        np.frombuffer(bytes(raw), dtype="S16"), return_index=True, return_inverse=True, return_counts=True
+    )
+    shared = [i for i in np.flatnonzero(count > 1).tolist() if found[i] != b""]
+    parts = {i: tuple(prompts[int(where[i])][first : first + SHARED]) for i in shared}
+    number = np.zeros(len(found), dtype=np.int64)
+    for place, i in enumerate(sorted(shared, key=lambda i: parts[i]), 1):
+        number[i] = place
+    return [(), *sorted(parts.values())], number[inverse]
 
 
 def keep(lm: LM, hidden: torch.Tensor, kind: TargetsSection) -> dict[str, torch.Tensor]:
@@ -324,6 +339,10 @@ def point_mass(ids: Sequence[int], size: int) -> Target:
 
 def captured_mass(targets: Sequence[Target]) -> float | None:
     """Mean share of the teacher's probability that top-k targets hold; None for exact targets."""
-    if not targets or "topk_logprobs" not in targets[0].tensors:
-        return None
-    return float(torch.cat([t.tensors["topk_logprobs"].exp().sum(1) for t in targets]).mean())
+    total, count = 0.0, 0
+    for target in targets:
+        if "topk_logprobs" not in target.tensors:
+            return None
+        total += float(target.tensors["topk_logprobs"].double().exp().sum())
+        count += len(target.ids)
+    return total / count if count else None

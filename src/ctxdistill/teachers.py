@@ -19,7 +19,8 @@ import torch
 from ctxdistill.errors import DataError
 from ctxdistill.lm import LM
 from ctxdistill.prompts import Prompter, join
-from ctxdistill.targets import LabelScores, Target, point_mass
+from ctxdistill.store import Target
+from ctxdistill.targets import LabelScores, point_mass
 
 Prompts = list[tuple[int, ...]]
 

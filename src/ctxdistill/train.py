@@ -9,9 +9,11 @@ at a step depends only on the seed and the step, so a checkpoint needs no random
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from ctxdistill.lm import LM
 from ctxdistill.prompts import join
 from ctxdistill.recipe import TrainSection
 from ctxdistill.rundir import Progress, RunDir, no_progress, write_atomic
-from ctxdistill.targets import Target
+from ctxdistill.store import Target
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,12 @@ def batch_loss(lm: LM, batch: Sequence[Example], section: TrainSection, stats: S
 def mean_loss(lm: LM, examples: Sequence[Example], section: TrainSection) -> float:
     """Mean loss per supervised token, in nats."""
     size = section.batch_size
-    total = sum(batch_loss(lm, examples[i : i + size], section).item() for i in range(0, len(examples), size))
-    return total / sum(len(e.target.ids) for e in examples)
+    total, tokens = 0.0, 0
+    for i in range(0, len(examples), size):
+        batch = examples[i : i + size]
+        total += batch_loss(lm, batch, section).item()
+        tokens += sum(len(e.target.ids) for e in batch)
+    return total / tokens
 
 
 def mean_kl(lm: LM, examples: Sequence[Example], batch_size: int) -> float:
@@ -153,18 +159,22 @@ def learning_rate(step: int, steps: int, section: TrainSection) -> float:
     return section.lr * (section.min_lr + (1 - section.min_lr) * cosine)
 
 
-def order(n: int, epoch: int, seed: int, shuffle: bool = True) -> list[int]:
+def order(n: int, epoch: int, seed: int, shuffle: bool = True) -> Sequence[int]:
     """The rows of an epoch in the order they are seen."""
-    if not shuffle:
-        return list(range(n))
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return _permutation(n, epoch, seed) if shuffle else range(n)
+
+
+@functools.lru_cache(maxsize=1)  # of all rows: not to be drawn again for every step
+def _permutation(n: int, epoch: int, seed: int) -> array[int]:
+    drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return array("q", drawn.numpy().tobytes())
 
 
 def rows_of(step: int, n: int, section: TrainSection) -> list[int]:
     """Which of `n` rows a step learns from."""
     epoch, position = divmod(step, math.ceil(n / section.batch_size))
     first = position * section.batch_size
-    return order(n, epoch, section.seed, section.shuffle)[first : first + section.batch_size]
+    return list(order(n, epoch, section.seed, section.shuffle)[first : first + section.batch_size])
 
 
 def retained_at(step: int, retained: Sequence[Example], section: TrainSection) -> list[Example]:

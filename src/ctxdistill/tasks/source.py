@@ -118,7 +118,7 @@ def _read_labelled(path: Path, most: int, problems: list[str], *, encoding: str)
     return records[: most or None], len(records)
 
 
-def _local(place: Local, name: str, root: Path) -> tuple[str, list[Record], str | None]:
+def _local(place: Local, name: str, root: Path) -> tuple[str, Sequence[Record], str | None]:
     """(where, records, the column with the index)."""
     path = root / place.file
     if not path.is_file():
@@ -135,7 +135,7 @@ def _local(place: Local, name: str, root: Path) -> tuple[str, list[Record], str 
     return str(path), records, None
 
 
-def _hub(place: Hub, name: str) -> tuple[str, list[Record], str | None]:
+def _hub(place: Hub, name: str) -> tuple[str, Sequence[Record], str | None]:
     options: dict[str, Any] = {}
     if place.parquet:
         options = {"revision": "refs/convert/parquet", "data_files": {place.split: place.parquet}}
