@@ -22,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ctxdistill import evaluate as evaluation
-from ctxdistill import generic, groups, losses, synthesis, trackers
+from ctxdistill import generic, groups, losses, programs, sandbox, synthesis, trackers
 from ctxdistill import plan as planning
 from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
@@ -115,7 +115,7 @@ def distill(
         seconds, tokens = spent(recipe, lm, run, examples, result)
         result |= {
             "cost": cost(recipe, result["table"], seconds, tokens),
-            "notes": [*notes(lm, prompter, rows, examples, recipe, state), *acceptance(judged)],
+            "notes": [*notes(lm, prompter, rows, examples, recipe, state), *acceptance(judged), *ran(recipe, result)],
             "completions": dict(judged),
         }
         run.write_json("evaluation.json", result)
@@ -359,6 +359,14 @@ def acceptance(judged: Counter[str]) -> list[str]:
     others = [f"{fate} {n}" for fate, n in judged.items() if fate != "accepted"]
     text = f"{good} of the teacher's {asked} completions were accepted ({100 * good / max(1, asked):.1f} %)"
     return [f"{text}: {', '.join(others)}"] if others else []
+
+
+def ran(recipe: Recipe, result: dict[str, Any]) -> list[str]:
+    """In what programs were run, where any were."""
+    if not any(programs.METRIC in cells for cells in result["table"].values()):
+        return []
+    held = ", ".join(sandbox.isolation())
+    return [f"programs were run with limits of {recipe.code.seconds:g} s and {recipe.code.memory_mb} MB behind: {held}"]
 
 
 def scores_of(run: RunDir, arms: Sequence[str] = evaluation.ARMS) -> dict[str, list[evaluation.Score]]:
