@@ -501,10 +501,10 @@ def test_read_messages_errors(tmp_path: Path) -> None:
 def test_skip_passes_over_the_first_rows(tmp_path: Path, suffix: str) -> None:
     texts = [f"q{i}" for i in range(6)]
     text = "prompt\n" + "\n".join(texts) if suffix == ".csv" else "\n".join(json.dumps({"prompt": t}) for t in texts)
-    for values, expected, left in (({"skip": 2}, texts[2:], 0), ({"skip": 2, "limit": 3}, texts[2:5], 1)):
-        got = read(tmp_path, f"q{suffix}", text + "\n", queries=values)
+    for given, expected, left in (({"skip": 2}, texts[2:], 0), ({"skip": 2, "limit": 3}, texts[2:5], 1)):
+        got = read(tmp_path, f"q{suffix}", text + "\n", queries=given)
         assert [row.fields["prompt"] for row in got.rows] == expected and got.left_out == left
-    with pytest.raises(DataError, match="no row after queries.skip = 6"):
+    with pytest.raises(DataError, match=r"no row after queries\.skip = 6"):
         read(tmp_path, f"q{suffix}", text + "\n", queries={"skip": 6})
 
 

@@ -209,11 +209,13 @@ def load_student(run: str | Path, *, merge: bool = False, strength: float = 1.0)
 
     Args:
         run: the run folder.
-        merge: add the adapter into the weights (a plain transformers model) instead of a PEFT model.
+        merge: add the adapter into the weights, not quantised (a plain transformers model), instead of a PEFT model.
         strength: of the adapter: 0 is the base model, 1 the adapter as trained; above 1 it does more of the same.
     """
     folder = RunDir.existing(run)
-    lm = LM.load(stored_recipe(folder).model, stored_recipe(folder).base_dir)
+    recipe = stored_recipe(folder)
+    section = recipe.model.model_copy(update={"quantize": "none"}) if merge else recipe.model
+    lm = LM.load(section, recipe.base_dir)
     lm.load_adapter(folder / "adapter")
     scale(lm.peft, strength)
     if merge and encoder_of(lm.peft) is not None:
