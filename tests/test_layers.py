@@ -15,8 +15,8 @@ ORDER = """
 errors < losses, stats, generic, similar, chunks, answers, sandbox < recipe < rows, programs < conversations < tasks, formats
 < rundir, endpoint < draws, arms < grid < weights, packing, fused, adapters, trackers < lm < prompts < synthesis < targets
 < teachers, train < policy < evaluate < dataset < groups < accounts, behaviour < crosstalk < compose, plan, session
-< retention < cells < results, plots < claims < analysis < report, gguf_export < export, runtimes < check < study_report, compare < pipeline < study,
-playground < display < cli < docs
+< retention < cells < results, plots < claims < analysis < report, gguf_export < export, runtimes < check < study_report,
+compare < pipeline < study, playground < display < cli < docs
 """
 FREE = {"__init__", "__main__"}
 """The package's face: may import everything."""
