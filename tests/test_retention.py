@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ctxdistill import retention
 from ctxdistill.errors import DataError, FitError
 from ctxdistill.lm import LM
 from ctxdistill.recipe import LoraSection, ModelSection
-from ctxdistill.retention import KINDS, Format, format_following, formats, perplexity, texts
+from ctxdistill.retention import KINDS, Format, format_following, formats, perplexity, problems, texts
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TEXTS = ["The quick brown fox", "jumps over", "a lazy dog. " * 9, "x", *"abcdefgh"]
@@ -295,6 +296,22 @@ def test_broken_prompts_are_named(tmp_path: Path, row: dict[str, Any], message: 
     write(tmp_path, "ifeval/input_data.jsonl", [prompt_row(0, NO_COMMA), row])
     with pytest.raises(DataError, match=rf"input_data.jsonl:2: .*{message}"):
         formats(tmp_path, 9)
+
+
+PROBLEMS = [
+    {"task_id": number, "prompt": f"Write f{number}.", "test_list": [f"assert f{number}(1) == 2"], "test_imports": []}
+    for number in (2, 11, 12, 510, 511)
+]
+
+
+def test_problems_are_those_of_the_test_set_and_checked_by_their_tests(tmp_path: Path) -> None:
+    (tmp_path / "mbpp").mkdir()
+    (tmp_path / "mbpp/sanitized-mbpp.json").write_text(json.dumps(PROBLEMS))
+    found = problems(tmp_path, 0)
+    assert [p.id for p in found] == ["11", "12", "510"] and len(problems(tmp_path, 2)) == 2
+    assert found[0].prompt == "Write f11. Your code should pass these tests:\nassert f11(1) == 2"
+    assert found[0].obeyed("```python\ndef f11(x):\n    return x + 1\n```")
+    assert not found[0].obeyed("def f11(x):\n    return x") and not found[1].obeyed("def f11(x):\n    return x + 1")
 
 
 def test_texts_are_questions_with_answers(tmp_path: Path) -> None:

@@ -495,3 +495,23 @@ def test_read_messages_errors(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(DataError, match=part):
             read_messages(name, recipe(tmp_path), "context.messages")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_skip_passes_over_the_first_rows(tmp_path: Path, suffix: str) -> None:
+    texts = [f"q{i}" for i in range(6)]
+    text = "prompt\n" + "\n".join(texts) if suffix == ".csv" else "\n".join(json.dumps({"prompt": t}) for t in texts)
+    for given, expected, left in (({"skip": 2}, texts[2:], 0), ({"skip": 2, "limit": 3}, texts[2:5], 1)):
+        got = read(tmp_path, f"q{suffix}", text + "\n", queries=given)
+        assert [row.fields["prompt"] for row in got.rows] == expected and got.left_out == left
+    with pytest.raises(DataError, match=r"no row after queries\.skip = 6"):
+        read(tmp_path, f"q{suffix}", text + "\n", queries={"skip": 6})
+
+
+def test_a_list_of_texts_is_one_text_a_line_in_a_pattern(tmp_path: Path) -> None:
+    row = {"prompt": "f", "tests": ["a", "b"], "numbers": [1]}
+    got = read(tmp_path, "q.jsonl", json.dumps(row) + "\n", prompt={"pattern": "{prompt}: {tests}"})
+    section = recipe(tmp_path).queries
+    assert "{prompt}: {tests}".format_map(values(got.rows[0], section)) == "f: a\nb"
+    with pytest.raises(DataError, match="numbers: expected a text or a number"):
+        read(tmp_path, "q.jsonl", json.dumps(row) + "\n", prompt={"pattern": "{prompt}: {numbers}"})

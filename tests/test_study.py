@@ -14,7 +14,7 @@ from ctxdistill import cells as cells_module
 from ctxdistill import cli, study_report
 from ctxdistill import study as studies
 from ctxdistill.cells import NOTHING
-from ctxdistill.errors import ModelError, RunError
+from ctxdistill.errors import ModelError, RecipeError, RunError
 from ctxdistill.grid import Study
 from ctxdistill.rows import Record
 from ctxdistill.study import study
@@ -210,6 +210,35 @@ def test_formats_are_followed_before_and_after(folder: Path) -> None:
         assert (measured["format_rows"], measured["format_passed_over"]) == (2, 1)
     assert later["format"] is None  # only `retention.sets` of the sets are measured, since it is slow
     assert "2 prompts of IFEval; 1 before them" in page.read_text()
+
+
+def test_programs_are_written_before_and_after_where_it_is_allowed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save(folder / "opt", "opt-350m")  # with a chat template
+    (folder / "mbpp").mkdir()
+    problem = {"task_id": 11, "prompt": "Write f.", "test_list": ["assert f(1) == 2"], "test_imports": []}
+    (folder / "mbpp/sanitized-mbpp.json").write_text(
+        json.dumps([problem, {**problem, "task_id": 12, "prompt": "Again."}])
+    )
+    arms = ["zero_shot", "ft_lora"]
+    values: dict[str, Any] = {"grid": {"demos": [2], "sets": [0], "arms": arms}}
+    with pytest.raises(RecipeError, match="run_code=true"):
+        grid(folder, **values, retention={"programs": 2})
+    # a random model writes no programs: every second answer becomes a right one
+    ran = []
+
+    def passes(answer: str, row: Any, section: Any) -> float:
+        ran.append(answer)
+        return float(len(ran) % 2)
+
+    monkeypatch.setattr("ctxdistill.programs.pass_at_1", passes)
+    monkeypatch.setattr("ctxdistill.retention.Format.obeyed", lambda self, answer: all(c(answer) for c in self.checks))
+    page = study(grid(folder, **values, retention={"programs": 2, "run_code": True}), folder / "out")
+    found = [cell["retention"] for cell in cells(folder / "out").values()]
+    assert [(r["pass_at_1"], r["program_rows"]) for r in found] == [(0.5, 2)] * 2 and len(ran) == 4
+    for text in (page.read_text(), page.with_suffix(".md").read_text()):
+        assert "pass@1 %" in text and "2 problems of MBPP" in text and "50.0" in text
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(folder: Path) -> None:

@@ -156,13 +156,18 @@ def test_prompt_tokens_do_not_change_the_denominator_nor_does_the_split(ready: R
 def test_gradient_checkpointing_changes_nothing(ready: Ready, tmp_path: Path) -> None:
     _, lm, _, _ = ready
     examples = examples_of(ready, tmp_path / "t")
-    losses = []
+    losses, gradients = [], []
     for on in (False, True):
         lm.add_adapter(LoraSection(rank=4), 0)
-        section = TrainSection(batch_size=4, epochs=1, lr=0.01, gradient_checkpointing=on)
+        tiny.disturb(lm)
+        section = TrainSection(batch_size=4, epochs=1, lr=1e-5, gradient_checkpointing=on)
         train(lm, examples, [], section, RunDir(tmp_path / f"run{on}"))
         losses.append([line["loss"] for line in RunDir(tmp_path / f"run{on}").read_jsonl("metrics.jsonl")])
+        gradients.append({n: p.grad.clone() for n, p in lm.trainable().items()})  # of the last step
         lm.peft.unload()
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=1e-3, atol=1e-5)
+    assert min(float(g.abs().max()) for g in gradients[0].values()) > 1e-4
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # checkpointed rows are padded, the others packed
 
 

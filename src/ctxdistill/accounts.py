@@ -25,7 +25,7 @@ from ctxdistill.rundir import RunDir
 from ctxdistill.spool import Lazy
 from ctxdistill.targets import captured_mass
 from ctxdistill.train import Example, State
-from ctxdistill.weights import give_back_memory
+from ctxdistill.weights import give_back_memory, weights_in
 
 
 def summary(
@@ -169,7 +169,7 @@ def forward_flops(lm: LM, new: int, before: int = 0, projected: int = 0, *, clas
     head = lm.model.get_output_embeddings().weight  # [V, d]
     tables = {id(head), *(id(m.weight) for m in lm.model.modules() if isinstance(m, torch.nn.Embedding))}
     weights = sum(
-        p.numel()
+        weights_in(p)
         for name, p in lm.model.named_parameters(remove_duplicate=False)
         if p.dim() == 2 and "lora_" not in name and id(p) not in tables
     )

@@ -38,6 +38,7 @@ Key = tuple[str, str, int, str]
 """Model, task, number of demonstrations (0: none), arm."""
 
 RESAMPLES, SEED = 2000, 0
+RETAINED = ("perplexity", "format", "pass_at_1")
 CONSTANT: Data = {
     "name": "constant",
     "label": "constant answer",
@@ -402,15 +403,15 @@ def _break_even(study: Study, costs: Sequence[Data]) -> list[Data]:
 
 
 def _retention(study: Study) -> list[Data]:
-    """What training did to unrelated text: perplexity and format-following, beside those of the base model."""
+    """What training did to unrelated text: perplexity, format-following and programs, beside those of the base model."""
     measured: dict[Key, Data] = {}
     for key, cells in study.cells.items():
         found = [cell["retention"] for cell in cells.values() if cell.get("retention")]
-        columns = {name: [r[name] for r in found if finite(r.get(name))] for name in ("perplexity", "format")}
+        columns = {name: [r[name] for r in found if finite(r.get(name))] for name in RETAINED}
         if found:
             measured[key] = {name: float(np.mean(values)) if values else None for name, values in columns.items()}
     base = {key[0]: value for key, value in reversed(measured.items()) if key[3] == "zero_shot"}
-    nothing = {"perplexity": None, "format": None}
+    nothing = dict.fromkeys(RETAINED)
     rows: list[Data] = [
         {
             **{"model": model, "task": task, "n": n, "arm": arm, **value},
@@ -425,7 +426,8 @@ def _retention(study: Study) -> list[Data]:
 def _formats(study: Study) -> Data:
     """How many prompts with instructions every cell was given, and how many were passed over to find these."""
     records = [c["retention"] for cells in study.cells.values() for c in cells.values() if c.get("retention")]
-    return {name: max((r.get(f"format_{name}") or 0 for r in records), default=0) for name in ("rows", "passed_over")}
+    names = {"rows": "format_rows", "passed_over": "format_passed_over", "programs": "program_rows"}
+    return {name: max((r.get(key) or 0 for r in records), default=0) for name, key in names.items()}
 
 
 def _paper(path: Path) -> list[Data]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ctxdistill import losses, stats
+from ctxdistill import losses, programs, sandbox, stats
 from ctxdistill.answers import METRICS as answer_metrics
 from ctxdistill.errors import RecipeError
 from ctxdistill.lm import LM
@@ -69,10 +69,20 @@ def metrics_of(recipe: Recipe, pairs: Sequence[Pair]) -> dict[str, Metric]:
     else:
         with_answer["exact_match"] = lambda p, a, _: None if a is None else float(same(p, a))
     available: dict[str, Metric] = dict(with_answer) if answers else {}
+    if recipe.code.run and any(programs.tests_of(pair.fields, recipe.code)[0] for pair in pairs):
+        sandbox.isolation()  # says now whether it works here
+        available = {programs.METRIC: lambda p, _a, row: programs.pass_at_1(p, row, recipe.code), **available}
     if pattern is not None:
         available["format"] = lambda p, _a, _r: float(pattern.fullmatch(p) is not None)
         if pattern.groupindex and answers:
             available["field_accuracy"] = lambda p, a, _: None if a is None else field_accuracy(pattern, p, a)
+    if programs.METRIC in e.metrics and not recipe.code.run:
+        raise RecipeError(
+            f"eval.metrics: {programs.METRIC} runs code that the model wrote, which nobody has allowed",
+            expected="code.run=true",
+            found="code.run=false",
+            fix="read in docs/howto-code.md what the sandbox protects from and what not, then set code.run=true",
+        )
     if not e.metrics:
         return available
     available |= answer_metrics if answers else {}
@@ -87,6 +97,7 @@ def metrics_of(recipe: Recipe, pairs: Sequence[Pair]) -> dict[str, Metric]:
                 "format": "eval.format", "field_accuracy": "eval.format with named groups, and reference answers",
                 "exact_match": "reference answers (column eval.answer) and no prompt.label_words",
                 **dict.fromkeys(answer_metrics, "reference answers"),
+                programs.METRIC: f"held-out rows with tests (column {recipe.code.tests!r}, which code.tests names)",
                 "label_accuracy": "prompt.label_words and reference answers", "macro_f1": "prompt.label_words and reference answers",
             }  # fmt: skip
             raise RecipeError(
@@ -250,7 +261,7 @@ def latency(
 def main_metric(scores: Sequence[Score]) -> str | None:
     """The metric that the gate and `gap_closed` look at: accuracy where there are answers, else the user's first one."""
     names: list[str] = list(scores[0]["metrics"]) if scores else []
-    for name in ("label_accuracy", "exact_match", *(n for n in names if n in answer_metrics)):
+    for name in ("label_accuracy", programs.METRIC, "exact_match", *(n for n in names if n in answer_metrics)):
         if name in names and any(s["metrics"][name] is not None for s in scores):
             return name
     return next((n for n in names if ":" in n), next((n for n in names if n == "format"), None))

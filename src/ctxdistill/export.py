@@ -297,9 +297,9 @@ def stops(job: Job) -> list[str]:
 
 
 def merge(job: Job, dtype: torch.dtype) -> Any:
-    """The base with the adapter in its weights, computed in float32 and rounded to `dtype`, kept as float32; measures what
+    """The base (not quantised) with the adapter in its weights, in float32, rounded to `dtype`, kept as float32; measures what
     this changed, per token of the student's own answers on held-out rows: `Job.drift`."""
-    section = job.recipe.model.model_copy(update={"dtype": "float32"})
+    section = job.recipe.model.model_copy(update={"dtype": "float32", "quantize": "none"})
     lm = LM.load(section, job.recipe.base_dir)
     lm.load_adapter(job.run / "adapter")
     scale(lm.peft, job.strength)

@@ -108,8 +108,12 @@ class RetentionSection(Section):
     """Rows of unrelated text (GSM8K) whose perplexity is measured before and after; 0 skips it."""
     formats: NotNegative = 0
     """Instructions of IFEval that a program can check, answered before and after; 0 skips it."""
+    programs: NotNegative = 0
+    """Problems of MBPP's test set that the model writes programs for, before and after (pass@1); 0 skips it. Needs `run_code`."""
+    run_code: bool = False
+    """Run these programs, in a sandbox (what that protects from, and what not, is in howto-code.md). Off unless you say so."""
     sets: Positive = 1
-    """On how many demonstration sets format following is measured (it is slow)."""
+    """On how many demonstration sets formats and programs are measured (they are slow)."""
 
 
 class Study(Section):
@@ -194,6 +198,11 @@ class Study(Section):
         if any(arm.control == "irrelevant_context" for arm in arms.values()) and len(self.tasks.names) < 2:
             problems.append(
                 "the control irrelevant_context takes the demonstrations of another task: name two tasks or more"
+            )
+        if self.retention.programs and not self.retention.run_code:
+            problems.append(
+                "retention.programs runs code that the model wrote; read in docs/howto-code.md what the sandbox protects from "
+                "and what not, then set retention.run_code=true"
             )
         for key in ("demos", "sets", "arms"):
             values = getattr(self.grid, key)

@@ -36,14 +36,17 @@ from ctxdistill.packing import Behind, CannotPackError, Tree, pack, packed
 from ctxdistill.recipe import LoraSection, ModelSection
 from ctxdistill.rundir import fingerprint
 from ctxdistill.weights import (
+    keep_differentiable,
     keep_freed_memory,
     load_tokenizer,
     loading,
     locate,
     pick_device,
     pick_dtype,
+    quantized,
     quiet_peft,
     tokenizer_hash,
+    weights_in,
 )
 
 WORTH_SHARING = 8
@@ -148,10 +151,15 @@ class LM:
                     setattr(config, name, 0.0)  # a frozen model has no noise; then train mode changes nothing either
             if section.attention != "auto":
                 options["attn_implementation"] = section.attention
+            options |= quantized(section.quantize, device, dtype)
             model = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=dtype, use_safetensors=True, **options
             )
-        model.to(device).eval().requires_grad_(False)
+        if section.quantize == "none":
+            model.to(device)
+        else:  # it is there, and must not be moved
+            keep_differentiable(model)
+        model.eval().requires_grad_(False)
         info = {
             "name": section.name,
             "revision": getattr(config, "_commit_hash", None) or section.revision,
@@ -161,9 +169,10 @@ class LM:
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(device),
             "architecture": type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": sum(map(weights_in, model.parameters())),
             "window": min(window_of(config), section.window or window_of(config)),
             "trust_remote_code": section.trust_remote_code,
+            **({} if section.quantize == "none" else {"quantize": section.quantize}),
         }
         lm = cls(model, tokenizer, device, info)
         lm._check_head()
@@ -268,7 +277,8 @@ class LM:
                 for shared in (None, prefix):
                     slow, fast = self._padded(rows, shared), self._packed(rows, shared)
                     scale = max(h.abs().max().item() for h in slow)
-                    limit = scale * (1e-4 if self.model.dtype == torch.float32 else 5e-2)
+                    exact = self.model.dtype == torch.float32 and self.info.get("quantize") != "8bit"
+                    limit = scale * (1e-4 if exact else 5e-2)  # LLM.int8 rounds activations
                     if any((a - b).abs().max() > limit for a, b in zip(slow, fast, strict=True)):
                         return False
         except (CannotPackError, AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError):

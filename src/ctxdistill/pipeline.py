@@ -23,7 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ctxdistill import evaluate as evaluation
-from ctxdistill import generic, groups, losses, synthesis, trackers
+from ctxdistill import generic, groups, losses, programs, sandbox, synthesis, trackers
 from ctxdistill import plan as planning
 from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
@@ -119,7 +119,7 @@ def distill(
         seconds, tokens = spent(recipe, lm, run, examples, result)
         result |= {
             "cost": cost(recipe, result["table"], seconds, tokens),
-            "notes": [*notes(lm, prompter, rows, examples, recipe, state), *acceptance(judged)],
+            "notes": [*notes(lm, prompter, rows, examples, recipe, state), *acceptance(judged), *ran(recipe, result)],
             "completions": dict(judged),
         }
         run.write_json("evaluation.json", result)
@@ -248,11 +248,13 @@ def load_student(run: str | Path, *, merge: bool = False, strength: float = 1.0)
 
     Args:
         run: the run folder.
-        merge: add the adapter into the weights (a plain transformers model) instead of a PEFT model.
+        merge: add the adapter into the weights, not quantised (a plain transformers model), instead of a PEFT model.
         strength: of the adapter: 0 is the base model, 1 the adapter as trained; above 1 it does more of the same.
     """
     folder = RunDir.existing(run)
-    lm = LM.load(stored_recipe(folder).model, stored_recipe(folder).base_dir)
+    recipe = stored_recipe(folder)
+    section = recipe.model.model_copy(update={"quantize": "none"}) if merge else recipe.model
+    lm = LM.load(section, recipe.base_dir)
     lm.load_adapter(folder / "adapter")
     scale(lm.peft, strength)
     if merge and encoder_of(lm.peft) is not None:
@@ -405,6 +407,14 @@ def acceptance(judged: Counter[str]) -> list[str]:
     others = [f"{fate} {n}" for fate, n in judged.items() if fate != "accepted"]
     text = f"{good} of the teacher's {asked} completions were accepted ({100 * good / max(1, asked):.1f} %)"
     return [f"{text}: {', '.join(others)}"] if others else []
+
+
+def ran(recipe: Recipe, result: dict[str, Any]) -> list[str]:
+    """In what programs were run, where any were."""
+    if not any(programs.METRIC in cells for cells in result["table"].values()):
+        return []
+    held = ", ".join(sandbox.isolation())
+    return [f"programs were run with limits of {recipe.code.seconds:g} s and {recipe.code.memory_mb} MB behind: {held}"]
 
 
 def scores_of(run: RunDir, arms: Sequence[str] = evaluation.ARMS) -> dict[str, list[evaluation.Score]]:

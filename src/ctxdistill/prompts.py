@@ -89,7 +89,9 @@ class Context:
         messages = data.read_messages(c.messages, recipe, "context.messages") if c.messages else []
         demos: Sequence[Row] = ()
         if c.demos:
-            section = recipe.queries.model_copy(update={"data": c.demos, "limit": c.demos_limit, "messages": None})
+            section = recipe.queries.model_copy(
+                update={"data": c.demos, "skip": 0, "limit": c.demos_limit, "messages": None}
+            )
             demos = data.read(section, recipe, "context.demos", answers="required").rows
         system = "\n\n".join(parts) if parts else None
         return cls(system, tuple(messages), tuple(demos), tuple(chunks), documents)

@@ -43,6 +43,9 @@ class ModelSection(Section):
     """Hub revision (branch, tag or commit). Unset: the hub's default branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the frozen weights. `auto`: float32 on CPU, where it is faster, else bfloat16 if the device has it, else float32."""
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+    """Keep the frozen weights of the linear layers in 8 bits (LLM.int8) or 4 (NF4), with bitsandbytes: teacher, base model
+    and student are then all the quantised model. `dtype` is what is computed in. Head, embeddings and adapter stay as they are."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the first accelerator there is."""
     trust_remote_code: bool = False
@@ -64,8 +67,10 @@ class DataSection(Section):
     """Configuration of a hub data set."""
     split: str = "train"
     """Split of a hub data set."""
+    skip: NotNegative = 0
+    """Pass over so many rows first: one file may hold the queries and the held-out rows."""
     limit: NotNegative = 0
-    """Use only the first rows; 0 means all. The number of rows left out is reported."""
+    """Use only the first rows (after `skip`); 0 means all. The number of rows left out is reported."""
     prompt: str = "prompt"
     """Column with the query text. Not needed when `prompt.pattern` names other columns, or `messages` is given."""
     messages: str | None = None
@@ -335,10 +340,11 @@ class EvalSection(DataSection):
     share: Fraction = 0.15
     """Without `data`: share of the queries that is held out."""
     metrics: list[str] = []
-    """Any of `exact_match`, `format`, `field_accuracy`, `label_accuracy`, `macro_f1`; `squad_exact`, `squad_f1` and
-    `squad_contains` (the answer stands somewhere in what was written), which compare words without case, punctuation and
-    articles, with the best of a row's `answers` (a list) if it has several; or your own `module:function` that takes
-    (prediction, answer, row) and returns a number. Empty: all of the first five that the data allows."""
+    """Any of `pass_at_1` (the answer is a program that passes the row's tests; needs `code.run`), `exact_match`, `format`,
+    `field_accuracy`, `label_accuracy`, `macro_f1`; `squad_exact`, `squad_f1` and `squad_contains` (the answer stands
+    somewhere in what was written), which compare words without case, punctuation and articles, with the best of a row's
+    `answers` (a list) if it has several; or your own `module:function` that takes (prediction, answer, row) and returns a
+    number. Empty: all of the first six that the data allows."""
     group: str | None = None
     """A column of the held-out rows by whose values the results are shown, too."""
     format: str | None = None
@@ -349,6 +355,21 @@ class EvalSection(DataSection):
     """Rows on which the time of a single request is measured, one at a time; 0 skips it."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     """Resamples behind each 95 % interval."""
+
+
+class CodeSection(Section):
+    """Programs that the model writes, run against the tests of their rows for the metric `pass_at_1`. See howto-code.md."""
+
+    run: bool = False
+    """Run what the model wrote, in a sandbox (what that protects from, and what not, is in howto-code.md). Off unless you say so."""
+    tests: str = "tests"
+    """Column of the held-out rows with the tests: a text or a list of texts, such as `assert f(1) == 2`."""
+    setup: str | None = None
+    """Column with code that program and tests are both given first, such as imports."""
+    seconds: AboveZero = 10.0
+    """Time for all tests of a program together."""
+    memory_mb: Annotated[int, Field(ge=64)] = 512
+    """Memory of a program."""
 
 
 class BehaviourSection(Section):
@@ -405,6 +426,7 @@ class Recipe(Section):
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
+    code: CodeSection = CodeSection()
     behaviour: BehaviourSection = BehaviourSection()
     gate: GateSection = GateSection()
     cost: CostSection = CostSection()
@@ -634,6 +656,7 @@ class Recipe(Section):
             "field_accuracy",
             "label_accuracy",
             "macro_f1",
+            "pass_at_1",
             "squad_contains",
             "squad_exact",
             "squad_f1",

@@ -17,6 +17,7 @@ ARMS = {"zero_shot": "zero-shot", "in_context": "in-context", "distilled": "dist
 METRICS: dict[str, tuple[str, float, int]] = {
     # name: (label, factor, digits after the point), in the order of the table
     "format": ("valid format %", 100, 1),
+    "pass_at_1": ("pass@1 %", 100, 1),
     "exact_match": ("exact match %", 100, 1),
     "squad_contains": ("answer contained %", 100, 1),
     "squad_exact": ("exact match, normalised %", 100, 1),

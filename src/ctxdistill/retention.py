@@ -1,4 +1,5 @@
-"""What training did to everything else: perplexity on unrelated text, and instructions that a program can check.
+"""What training did to everything else: perplexity on unrelated text, instructions that a program can check, and programs
+that pass their tests.
 
 In: a model with its adapter on or off, texts and prompts that have nothing to do with the task. Out: a perplexity, and
 the share of prompts that were followed. Invariants: the same texts, prompts and decoding for every arm; nothing is
@@ -24,10 +25,14 @@ from typing import Any
 
 import torch
 
+from ctxdistill import programs, sandbox
 from ctxdistill.errors import DataError, several
 from ctxdistill.lm import LM, check_fit
+from ctxdistill.recipe import CodeSection
 from ctxdistill.rows import READERS, Record, read_hub
 
+MBPP_TEST = range(11, 511)
+"""Numbers of the problems in MBPP's test set."""
 BATCH = 8
 """Rows in one forward or one generation."""
 
@@ -86,6 +91,29 @@ def formats(root: Path | None, rows: int, *, max_new_tokens: int = 96) -> tuple[
     return found, left_out
 
 
+def problems(root: Path | None, rows: int) -> list[Format]:
+    """The first `rows` (0: all) problems of MBPP's test set, each with one check: its tests pass (in the sandbox).
+
+    From `root`/mbpp/sanitized-mbpp.json, or without a root from `google-research-datasets/mbpp` on the hub. Raises:
+    `DataError`; `RunError` where programs cannot be run in the sandbox of this system.
+    """
+    section = CodeSection(run=True, tests="test_list", setup="test_imports")
+    sandbox.isolation()
+
+    def passes(answer: str, fields: Mapping[str, Any]) -> bool:
+        return programs.pass_at_1(answer, fields, section) == 1.0
+
+    hub = ("google-research-datasets/mbpp", "sanitized", "test")
+    found = _read(root, "mbpp/sanitized-mbpp.json", hub, ("task_id", "prompt", "test_list"), 0)
+    made = []
+    for _, fields in found:
+        tests, _ = programs.tests_of(fields, section)
+        if fields["task_id"] in MBPP_TEST and tests:
+            text = f"{fields['prompt']} Your code should pass these tests:\n{chr(10).join(tests)}"
+            made.append(Format(str(fields["task_id"]), text, (functools.partial(passes, fields=fields),)))
+    return made[: rows or None]
+
+
 def _format(fields: Mapping[str, Any], max_new_tokens: int) -> Format | None:
     """None where an instruction is not supported or cannot be followed in so many tokens."""
     checks = []
@@ -121,7 +149,7 @@ def _read(
                 fix="put the file there, leave data.root out to load it from the hub, or switch the retention check off",
             )
         source = str(path)
-        records, _ = READERS[".jsonl"](path, most, problems)
+        records, _ = READERS[path.suffix](path, most, problems)
     for origin, fields in records:
         if missing := [column for column in columns if fields.get(column) is None]:
             problems.append(f"{origin}: no {' and no '.join(missing)}")

@@ -87,16 +87,19 @@ def read(
     if not section.data:
         raise DataError(f"{what}: no data is named", expected="a data file or hub:owner/name")
     problems: list[str] = []
+    most = section.limit and section.skip + section.limit
     if section.data.startswith(HUB):
         fix = f"check {what}.data, {what}.config and {what}.split, and the network; or use a local file"
         name = section.data.removeprefix(HUB)
-        source, records, total = read_hub(name, section.config, section.split, section.limit, what=what, fix=fix)
+        source, records, total = read_hub(name, section.config, section.split, most, what=what, fix=fix)
     else:
         path = recipe.path(section.data)
         source, reader = str(path), _reader(path, what)
-        records, total = reader(path, section.limit, problems)
+        records, total = reader(path, most, problems)
+    records, total = records[section.skip :], max(0, total - section.skip)
     if not records and not problems:
-        raise DataError(f"{what}: {source} is empty", expected="at least one row", found="none")
+        where = f"has no row after {what}.skip = {section.skip}" if section.skip else "is empty"
+        raise DataError(f"{what}: {source} {where}", expected="at least one row", found="none")
     if section.messages and section.turns != "query":
         split_records = Records()
         split_records.extend(_split_turns(record, section, recipe, problems) for record in records)
@@ -145,9 +148,14 @@ def _split_turns(record: Record, section: DataSection, recipe: Recipe, problems:
 
 def values(row: Row, section: DataSection) -> dict[str, str]:
     """The columns as text, for the `{column}` fields of a pattern; `prompt` and `answer` are the columns that the
-    section calls so. Columns without a value are left out."""
+    section calls so. A list of texts is one text a line; columns without a value are left out."""
     named = {"prompt": row.fields.get(section.prompt), "answer": row.fields.get(section.answer)}
-    return {name: str(value) for name, value in {**row.fields, **named}.items() if value is not None}
+    found = {name: value for name, value in {**row.fields, **named}.items() if value is not None}
+    return {name: "\n".join(value) if _texts(value) else str(value) for name, value in found.items()}
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 def query_key(text: str) -> str:
@@ -529,6 +537,8 @@ def _problem(value: Any, column: _Column, labels: Sequence[str]) -> str:
         return _history_problem(value)
     if column.kind == "answer" and not column.required and value is None:
         return ""
+    if column.kind == "value" and _texts(value):
+        value = "\n".join(value)
     kinds: tuple[type, ...] = (str, int, float) if column.kind in {"value", "answer"} else (str,)
     strange = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
     if strange or not isinstance(value, kinds):

@@ -33,7 +33,7 @@ from ctxdistill.errors import CtxDistillError, FitError, ModelError
 from ctxdistill.grid import Cell, Study, cell_key, model_label
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection
-from ctxdistill.retention import Format, format_following, formats, perplexity, texts
+from ctxdistill.retention import Format, format_following, formats, perplexity, problems, texts
 from ctxdistill.rows import Row
 from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress, write_atomic
 from ctxdistill.tasks import TASKS, Pattern, Task, load
@@ -262,19 +262,23 @@ class Retention:
         self.passed_over = 0  # prompts whose instructions a program cannot check, or that need longer answers
         if r.formats:
             self.formats, self.passed_over = formats(root, r.formats)
+        self.programs = problems(root, r.programs) if r.programs else []
 
     def after(self, cell: Cell) -> Callable[[LM], dict[str, Any]] | None:
         """What to do after training the arm of `cell`."""
-        if not self.texts and not self.formats:
+        if not (self.texts or self.formats or self.programs):
             return None
         slow = cell.set is None or cell.set in self.grid.grid.sets[: self.grid.retention.sets]
         return lambda lm: self.measure(lm, slow)
 
     def measure(self, lm: LM, slow: bool) -> dict[str, Any]:
-        """Perplexity and, where `slow`, format following, of the model as it is."""
+        """Perplexity and, where `slow`, format following and pass@1, of the model as it is."""
+        passed = format_following(lm, self.programs, max_new_tokens=192) if slow and self.programs else None
         followed = format_following(lm, self.formats) if slow and self.formats else None
         return {
             "perplexity": perplexity(lm, self.texts) if self.texts else None,
+            "pass_at_1": passed,
+            "program_rows": 0 if passed is None else len(self.programs),
             "format": followed,
             "format_rows": 0 if followed is None else len(self.formats),
             "format_passed_over": 0 if followed is None else self.passed_over,

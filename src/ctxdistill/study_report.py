@@ -347,6 +347,11 @@ def _retention(found: Data, arms: Mapping[str, Data]) -> list[Data]:
                     count(_mean(r["base_perplexity"] for r in mine)),
                     count(worst),
                     *(cells("format", {"mean": _mean(r[key] for r in mine)}) for key in ("format", "base_format")),
+                    *(
+                        cells("pass_at_1", {"mean": _mean(r.get(key) for r in mine)})
+                        for key in ("pass_at_1", "base_pass_at_1")
+                        if found["formats"].get("programs")
+                    ),
                 ],
             }
         )

@@ -77,6 +77,43 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
+def quantized(kind: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` is to be told for weights in 8 or 4 bits (`kind`), computed with in `dtype`; nothing for `none`.
+
+    Raises: `ModelError` without bitsandbytes, and for a device that it does not know.
+    """
+    if kind == "none":
+        return {}
+    if device.type not in ("cuda", "cpu", "xpu"):
+        raise ModelError(
+            f'model.quantize = "{kind}" does not work on {device.type}',
+            expected="cuda, or (slowly) cpu",
+            fix='model.quantize = "none"',
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f'model.quantize = "{kind}" needs the package bitsandbytes', fix='pip install "ctxdistill[quantize]"'
+        )
+    four: dict[str, Any] = {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype,
+    }  # fmt: skip
+    config = transformers.BitsAndBytesConfig(**(four if kind == "4bit" else {"load_in_8bit": True}))
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def keep_differentiable(model: Any) -> None:
+    """On processors with AVX512-BF16, bitsandbytes packs the 4-bit layers of a model that only reads once more, into a form that
+    gives no gradient and is never unpacked; the student trains through these layers, so they must not do that."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def weights_in(parameter: torch.Tensor) -> int:
+    """Number of weights in a parameter; those in 4 bits are two in a byte."""
+    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+
+
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
     """peft reads an attribute that transformers has renamed; the user can do nothing about the warning."""
