@@ -114,9 +114,13 @@ class Machine:
 
 
 GPU = Machine()
-CPU_ROW = {0: 2.9e-3, 2_000: 7.3e-3, 100_000: 245e-3}
-"""CPU seconds of one core for each row, beside the model: read, checked, both prompts tokenised, keys, shards; by context.
-The first from benchmarks/volume.py, the others with the measured time to tokenise the context with each row on top."""
+CORES = 16
+"""Of the processor, for each GPU of a machine."""
+TOKENISED = {2_000: 4.0e-3, 100_000: 231e-3}
+"""Measured: CPU seconds to render and tokenise both prompts of a row, by context; all cores of a machine share it."""
+HANDLED = {2_000: 2.1e-3, 100_000: 15.2e-3}
+"""Measured: CPU seconds of one core for all else that is done to a row beside the model: 1.8 ms at any context (read, checked,
+labelled, stored; benchmarks/volume.py), its key, and reading its prompt back nine times."""
 
 
 def ways(shape: Shape, gpus: int, context: int) -> int | None:
@@ -208,7 +212,8 @@ def speeds() -> None:
 
 
 def jobs(price: float, given: bool) -> None:
-    """Times and costs of the whole job."""
+    """Times and costs of the whole job. The GPUs are paid for while the processors prepare the rows; every machine prepares
+    all of them."""
     rows = []
     for shape in SHAPES.values():
         for context in CONTEXTS:
@@ -221,20 +226,20 @@ def jobs(price: float, given: bool) -> None:
                 label = QUERIES * one / gpus
                 row, waited = train_seconds(shape, split, gpus)
                 train = EPOCHS * QUERIES * row / gpus
-                processors = QUERIES * CPU_ROW[context]
+                processors = QUERIES * (TOKENISED[context] / (CORES * min(gpus, 8)) + HANDLED[context])
                 stored = QUERIES * ANSWER * target_bytes(shape)["hidden"]
                 disk = stored / (GPU.disk * max(1, gpus // 8)) * (1 + EPOCHS)
-                total = label + train
+                total = label + train + processors
                 parts = {"labelling": label, "training": train - EPOCHS * QUERIES * waited / gpus,
                          "network": EPOCHS * QUERIES * waited / gpus, "disk": disk,
-                         "tokenising (one core)": processors}  # fmt: skip
+                         "processors": processors}  # fmt: skip
                 first = max(parts, key=lambda name: parts[name])
                 rows.append(
                     [shape.name, f"{context:,}", str(gpus), hours(label), hours(train), f"{total / 3600 * gpus * price:,.0f}",
                      hours(disk), hours(processors), first]
                 )  # fmt: skip
     header = ["model", "context", "GPUs", "labelling", "training", f"cost at {price:g} per GPU hour"]
-    header += ["disk", "one core's work", "longest"]
+    header += ["disk", "processors", "longest"]
     table(f"{QUERIES:,} queries, answers {'given' if given else 'written by the teacher'}", header, rows)
 
 
