@@ -243,6 +243,27 @@ def test_turn_end_comes_from_the_template(tmp_path: Path) -> None:
     assert p.ends(list(p.end))
 
 
+@pytest.mark.parametrize("style", ["chat", "text"])
+def test_prompts_of_many_rows_are_those_of_each(tmp_path: Path, style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctxdistill.prompts.AT_ONCE", 3)
+    p = prompter(tmp_path) if style == "chat" else prompter(tmp_path, tiny.tokenizer(chat=False), **TEXT)
+    rows = [row(prompt=f"say {'emu ' * i}", answer=f"EMU {i}") for i in range(1, 9)]
+    pairs = p.pairs(rows, p.recipe.queries)
+    assert list(pairs) == [p.pair(r, p.recipe.queries) for r in rows] and pairs[-1].answer == "EMU 8"
+
+
+def test_of_many_rows_the_refused_one_is_explained(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    p = prompter(tmp_path, tokenizer)
+    tokenizer.chat_template = (
+        tiny.TEMPLATE + "{% if 'emu' in messages[-1]['content'] %}{{ raise_exception('no') }}{% endif %}"
+    )
+    fine = [row(prompt="say owl")] * 3
+    assert len(p.pairs(fine, p.recipe.queries)) == 3
+    with pytest.raises(DataError, match=r"(?s)refuses these messages: no.*system user"):
+        p.pairs([*fine, row(prompt="say emu")], p.recipe.queries)
+
+
 def test_a_template_that_refuses_the_messages_is_explained(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
     p = prompter(tmp_path, tokenizer)

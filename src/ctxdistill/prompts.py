@@ -24,6 +24,8 @@ from ctxdistill.spool import IdPairs, Lazy
 Message = dict[str, Any]
 """`role` and `content`, as chat templates take them; other keys (tool calls) pass through."""
 
+AT_ONCE = 16
+"""Rows whose prompts are tokenised together."""
 Part = tuple[str, str]
 """(text, kind) with kind `context`, `query` or `template`."""
 
@@ -270,10 +272,8 @@ class Prompter:
 
     def pair(self, row: Row, section: DataSection) -> Pair:
         """Both prompts of a row, as ids."""
-        return self._pair(row, section, *self._both(row, section))
-
-    def _both(self, row: Row, section: DataSection) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(self._ids(row, section, teacher=True)), tuple(self._ids(row, section, teacher=False))
+        (teacher,), (student,) = (self._ids([row], section, teacher=side) for side in (True, False))
+        return self._pair(row, section, teacher, student)
 
     def _pair(self, row: Row, section: DataSection, teacher: tuple[int, ...], student: tuple[int, ...]) -> Pair:
         answer, query = row.fields.get(section.answer), self.query_text(row, section)
@@ -282,7 +282,9 @@ class Prompter:
     def pairs(self, rows: Sequence[Row], section: DataSection) -> Sequence[Pair]:
         """Both prompts of all rows; the ids are in a file."""
         ids = IdPairs()
-        ids.extend(self._both(row, section) for row in rows)
+        for start in range(0, len(rows), AT_ONCE):
+            some = rows[start : start + AT_ONCE]
+            ids.extend(zip(*(self._ids(some, section, teacher=side) for side in (True, False)), strict=True))
         return Lazy(range(len(rows)), lambda i: self._pair(rows[i], section, *ids[i]))
 
     def request(self, row: Row, section: DataSection) -> list[Message] | str:
@@ -450,12 +452,8 @@ class Prompter:
 
     def _render(self, messages: list[Message], generation: bool, *, teacher: bool, tokenize: bool = True) -> Any:
         """The template's text or ids. Both come from the one call, so ids are never made from rendered text here."""
-        p = self.recipe.prompt
-        kwargs = {**p.template_kwargs, **(p.teacher_template_kwargs if teacher else p.student_template_kwargs)}
         try:
-            out = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=generation, tokenize=tokenize, return_dict=False, **kwargs
-            )
+            out = self._template(messages, generation, teacher=teacher, tokenize=tokenize)
         except Exception as error:  # templates raise what they like (jinja2 errors among it)
             raise DataError(
                 f"the chat template of {self.recipe.model.name} refuses these messages: {error}",
@@ -464,22 +462,41 @@ class Prompter:
             ) from None
         return list(out) if tokenize else str(out)
 
-    def _ids(self, row: Row, section: DataSection, *, teacher: bool) -> list[int]:
+    def _template(
+        self, messages: list[Message] | list[list[Message]], generation: bool, *, teacher: bool, tokenize: bool
+    ) -> Any:
+        p = self.recipe.prompt
+        kwargs = {**p.template_kwargs, **(p.teacher_template_kwargs if teacher else p.student_template_kwargs)}
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=generation, tokenize=tokenize, return_dict=False, **kwargs
+        )
+
+    def _ids(self, rows: Sequence[Row], section: DataSection, *, teacher: bool) -> list[tuple[int, ...]]:
+        """The ids of one side of some rows, tokenised together: the tokenizer then uses all cores."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if self.recipe.prompt.style == "chat":
-            before, query = self._chat(row, section, teacher=teacher)
-            ids: list[int] = self._render([*before, *query], True, teacher=teacher)
+            chats = [[*before, *query] for before, query in (self._chat(row, section, teacher=teacher) for row in rows)]
+            found = self._render_all(chats, teacher=teacher)
         else:
-            ids = list(self.tokenizer("".join(self._text(row, section, teacher=teacher)))["input_ids"])
-            if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
-                ids.pop()  # a tokenizer that ends every text with EOS would end the prompt before the answer
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:2] == [bos, bos]:
-            raise ModelError(
-                f"the prompt of {row.origin} starts with two BOS tokens",
-                expected="at most one",
-                fix="remove the BOS text from the chat template or the pattern; the tokenizer adds it",
-            )
-        return ids
+            found = self.tokenizer(["".join(self._text(row, section, teacher=teacher)) for row in rows])["input_ids"]
+            for ids in found:
+                if len(ids) > 1 and ids[-1] == eos != bos:
+                    ids.pop()  # a tokenizer that ends every text with EOS would end the prompt before the answer
+        for row, ids in zip(rows, found, strict=True):
+            if bos is not None and ids[:2] == [bos, bos]:
+                raise ModelError(
+                    f"the prompt of {row.origin} starts with two BOS tokens",
+                    expected="at most one",
+                    fix="remove the BOS text from the chat template or the pattern; the tokenizer adds it",
+                )
+        return [tuple(ids) for ids in found]
+
+    def _render_all(self, chats: list[list[Message]], *, teacher: bool) -> list[list[int]]:
+        """`_render` of several chats, as ids."""
+        try:
+            return [list(ids) for ids in self._template(chats, True, teacher=teacher, tokenize=True)]
+        except Exception:  # one of them is refused: which, and why, is said when they are rendered alone
+            return [self._render(messages, True, teacher=teacher) for messages in chats]
 
     def template_notes(self) -> list[str]:
         """What the chat template writes at the start of an answer, where that is a think block or differs between the
@@ -519,7 +536,7 @@ class Prompter:
         """The prompt as text, cut where its kind changes; `template` is what the chat template added by itself."""
         if self.recipe.prompt.style == "text":
             before, query = self._text(row, section, teacher=teacher)
-            first = self._ids(row, section, teacher=teacher)[0]
+            first = self._ids([row], section, teacher=teacher)[0][0]
             bos: list[Part] = (
                 [(self.tokenizer.decode([first]), "template")] if first == self.tokenizer.bos_token_id else []
             )
