@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,47 +84,51 @@ def bits(run: Path) -> str:
     return hashlib.sha256(b"".join((run / name).read_bytes() for name in COMPARED)).hexdigest()[:12]
 
 
+def straight(forks: Forks, folder: Path, kind: str, recipe: Path) -> tuple[str, int]:
+    """(bits, number of shards and steps) of a run that nobody disturbs, in the folder `kind`."""
+    code, said = forks.run(["distill", recipe, "--out", folder / kind], folder)
+    if code:
+        raise RuntimeError(said)
+    return bits(folder / kind), progress(folder / kind)
+
+
+def moments(forks: Forks, folder: Path, recipes: dict[str, Path], count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """What became of `count` runs that were killed and resumed; the kinds take turns."""
+    draw, late = random.Random(seed), 0
+    expected = {kind: straight(forks, folder, kind, recipe) for kind, recipe in recipes.items()}
+    for number in range(count):
+        kind = list(recipes)[number % len(recipes)]
+        command = ["distill", recipes[kind], "--out", folder / "run"]
+        found = None
+        while not found:
+            shutil.rmtree(folder / "run", ignore_errors=True)
+            moment = draw.randrange(1, expected[kind][1]), draw.random() * PAUSE
+            found = kill(forks.start(command, folder), folder / "run", *moment)
+            late += not found
+        code, said = forks.run([*command, "--resume"], folder)
+        same = code == 0 and bits(folder / "run") == expected[kind][0]
+        yield {"kind": kind, **found, "same": same, "late": late, "said": said}
+
+
 def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=25, help="how many (default: 25)")
     parser.add_argument("--seed", type=int, default=0, help="which moments (default: 0)")
     asked = parser.parse_args()
-    draw, different, late = random.Random(asked.seed), 0, 0
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        recipes = job(folder)
-        with Forks(folder / "log") as forks:
-            expected, length = {}, {}
-            for kind, recipe in recipes.items():
-                code, said = forks.run(["distill", recipe, "--out", folder / kind], folder)
-                if code:
-                    print(said)
-                    return 1
-                expected[kind], length[kind] = bits(folder / kind), progress(folder / kind)
-                print(f"{kind}: {length[kind]} shards and steps; bits {expected[kind]}")
-            print(f"{'moment':>6} {'kind':<10} {'killed in':<9} shards  step  checkpoint  half-written  bits")
-            number = 0
-            while number < asked.moments:
-                kind = list(recipes)[number % 2]
-                command = ["distill", recipes[kind], "--out", folder / "run"]
-                shutil.rmtree(folder / "run", ignore_errors=True)
-                moment = draw.randrange(1, length[kind]), draw.random() * PAUSE
-                if not (found := kill(forks.start(command, folder), folder / "run", *moment)):
-                    late += 1
-                    continue
-                code, said = forks.run([*command, "--resume"], folder)
-                same = code == 0 and bits(folder / "run") == expected[kind]
-                different += not same
-                number += 1
-                print(
-                    f"{number:6} {kind:<10} {found['stage']:<9} {found['shards']:6} {found['step']:5} "
-                    f"{found['checkpoint']:11} {found['half']:13}  {'same' if same else 'DIFFERENT'}",
-                    flush=True,
-                )
-                if code:
-                    print(said)
-    print(f"{asked.moments} moments, {different} different; {late} more came after the adapter was written")
+    different, found = 0, {"late": 0}
+    with tempfile.TemporaryDirectory() as place, Forks(Path(place) / "log") as forks:
+        print(f"{'moment':>6} {'kind':<10} {'killed in':<9} shards  step  checkpoint  half-written  bits")
+        for number, found in enumerate(moments(forks, Path(place), job(Path(place)), asked.moments, asked.seed), 1):
+            print(
+                f"{number:6} {found['kind']:<10} {found['stage']:<9} {found['shards']:6} {found['step']:5} "
+                f"{found['checkpoint']:11} {found['half']:13}  {'same' if found['same'] else 'DIFFERENT'}",
+                flush=True,
+            )
+            if not found["same"]:
+                different += 1
+                print(found["said"])
+    print(f"{asked.moments} moments, {different} different; {found['late']} more came after the adapter was written")
     return 1 if different else 0
 
 

@@ -145,7 +145,9 @@ def write_recipe(path: Path, raw: dict[str, Any]) -> Path:
     parts = []
     for section, values in raw.items():
         if isinstance(values, dict):
-            parts.append("\n".join([f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]))
+            parts.append(
+                "\n".join([f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())])
+            )
         else:
             parts.insert(0, f"{section} = {json.dumps(values)}")
     path.write_text("\n".join(parts) + "\n")

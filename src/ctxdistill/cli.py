@@ -1,7 +1,7 @@
 """The command line: words in, an exit code out. It can do nothing that the Python API cannot.
 
 Exit codes: 0; 2 for what the user can fix (`CtxDistillError`, wrong usage); 1 for a bug, with its traceback; 130 after
-Ctrl-C. Invariants: with `--json` exactly one JSON object goes to stdout, errors included, and all else to stderr; torch
+Ctrl-C or SIGTERM. Invariants: with `--json` exactly one JSON object goes to stdout, errors included, and all else to stderr; torch
 is imported by the commands that need it, never by this module, so that `--help` is quick.
 """
 
@@ -11,7 +11,9 @@ import contextlib
 import json
 import math
 import shlex
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -518,14 +520,28 @@ def _say_page(page: Path, as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _work(as_json: bool, stopped: str = "stopped", first: str = LOADING) -> Iterator[display.Watcher]:
-    """Something long: progress on stderr, nothing of others on stdout beside the JSON, and a word after Ctrl-C."""
+    """Something long: progress on stderr, nothing of others on stdout beside the JSON, and a word after Ctrl-C or SIGTERM."""
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_terminable())
             if as_json:
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             yield stack.enter_context(display.Watcher(first))
     except KeyboardInterrupt:
         raise Interrupted(stopped) from None
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM stops as Ctrl-C does, unless somebody has given it another meaning."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _finish(path: Path, evaluation: dict[str, Any], as_json: bool) -> None:

@@ -387,6 +387,7 @@ class LM:
                     input_ids=ids, attention_mask=seen, position_ids=positions, cache=cache, use_cache=True
                 )
             logits = self.head(out.last_hidden_state[:, -1])  # [B, V]
+            check_finite(logits.amax(-1), "the next-token logits")
             if temperature > 0:
                 probabilities = (logits / temperature).softmax(-1).cpu()  # [B, V]
                 rows = [
@@ -642,6 +643,17 @@ def made_for_hash(folder: Path) -> str | None:
         return json.loads((folder.parent / "recipe.json").read_text(encoding="utf-8"))["model"]["weights_sha256"]  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError):
         return None
+
+
+def check_finite(values: torch.Tensor, what: str, rows: Sequence[str] = ()) -> None:
+    """Raise `ModelError` where the model says NaN or infinity, naming `rows`."""
+    if not torch.isfinite(values).all():
+        raise ModelError(
+            f"{what} of the model are not finite",
+            expected="numbers",
+            found="NaN or infinity" + (f" in rows {', '.join(rows[:8])}" if rows else ""),
+            fix="check the weights; float16 overflows easily: use model.dtype bfloat16 or float32",
+        )
 
 
 def check_fit(lengths: Sequence[tuple[str, int]], window: int, what: str) -> None:

@@ -74,10 +74,12 @@ def distill(
         )
     trackers.check(recipe.train.report_to)
     run = RunDir(out or Path("runs") / (recipe.name or "run"))
-    lm, prompter, rows = prepare(recipe, run.path, progress)
-    manifest = describe(recipe, lm, prompter, rows)
-    run.claim(manifest["fingerprint"], resume=resume)
+    if run.path.exists() or recipe.queries.synthesize:  # who has it is said before anything is loaded, or written there
+        run.lock()
     try:
+        lm, prompter, rows = prepare(recipe, run.path, progress)
+        manifest = describe(recipe, lm, prompter, rows)
+        run.claim(manifest["fingerprint"], resume=resume)
         run.write_json("recipe.json", manifest)
         log.info("loss: %s = %s", recipe.train.loss, losses.LOSSES[recipe.train.loss].formula)
         store = TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else run / "targets")

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
+        raise disk_error(path, error, len(raw)) from None
+    finally:  # also after Ctrl-C; what a kill leaves, the next one to lock the folder removes
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise disk_error(path, error, len(raw)) from None
 
 
 def disk_error(path: Path, error: OSError, size: int = 0) -> RunError:
@@ -85,7 +87,8 @@ class RunDir:
         Raises: `RunError` when another process holds it, it belongs to another recipe, it holds a run and `resume` is
         off, or it holds files that are not a run's.
         """
-        self.lock()
+        if self._lock is None:
+            self.lock()
         try:
             self._check_owner(identity, resume)
         except RunError:
@@ -102,14 +105,17 @@ class RunDir:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            holder = os.pread(self._lock, 64, 0).decode(errors="replace").strip()
+            holder = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
             os.close(self._lock)
             self._lock = None
             raise RunError(
                 f"{self.path} is in use by process {holder}", fix="wait for it, or choose another --out"
             ) from None
         os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(self._lock, f"{os.getpid()} on {platform.node()}\n".encode(), 0)
+        with contextlib.suppress(OSError):
+            for stray in self.path.glob("checkpoints/.*.tmp"):
+                stray.unlink(missing_ok=True)
 
     def _check_owner(self, identity: str, resume: bool) -> None:
         if not (self / "recipe.json").is_file():
