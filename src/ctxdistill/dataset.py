@@ -24,7 +24,7 @@ from ctxdistill.lm import LM, check_fit
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import DataSection, Recipe
 from ctxdistill.rows import Row, Rows
-from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress
+from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress, reading
 from ctxdistill.weights import load_tokenizer
 
 
@@ -228,8 +228,9 @@ def explicit(section: Any, prefix: str = "") -> list[str]:
 def stored_recipe(run: RunDir) -> Recipe:
     """The recipe that a run was made with."""
     stored = run.read_json("recipe.json")
-    full = Recipe.from_dict(stored["recipe"], base_dir=stored["base_dir"])
-    return Recipe.from_dict(_without_defaults(full, set(stored["explicit"])), base_dir=stored["base_dir"])
+    with reading(run.path):
+        full = Recipe.from_dict(stored["recipe"], base_dir=stored["base_dir"])
+        return Recipe.from_dict(_without_defaults(full, set(stored["explicit"])), base_dir=stored["base_dir"])
 
 
 def _without_defaults(section: Any, given: set[str], prefix: str = "") -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ctxdistill import files
 from ctxdistill.errors import RecipeError, several
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -667,12 +668,12 @@ def read_toml(path: str | Path, overrides: Sequence[str], *, start: str) -> dict
     if path.is_dir():
         raise RecipeError(f"{path} is a folder", expected="a recipe file (.toml)", fix="name the recipe itself")
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(files.read_text(path, files.MAX_RECIPE))
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}", expected="a TOML file", fix=start) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read {path}: {error}", expected="a readable UTF-8 text file") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number that is too long is a plain ValueError
         raise RecipeError(f"{path} is not valid TOML: {error}", fix="strings need quotes; see docs/recipe.md") from None
     apply_overrides(raw, overrides)
     raw.setdefault("name", path.stem)

@@ -14,11 +14,13 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ctxdistill.errors import RunError
+from ctxdistill import files
+from ctxdistill.errors import CtxDistillError, RunError
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while something long goes on."""
@@ -132,7 +134,8 @@ class RunDir:
                     fix="choose a new folder with --out",
                 )
             return
-        stored = self.read_json("recipe.json").get("fingerprint")
+        with reading(self.path):
+            stored = self.read_json("recipe.json")["fingerprint"]
         if stored != identity:
             raise RunError(
                 f"{self.path} belongs to another recipe",
@@ -159,7 +162,7 @@ class RunDir:
     def read_json(self, name: str) -> Any:
         """Raises `RunError` when the file is missing or damaged."""
         try:
-            return json.loads((self / name).read_text(encoding="utf-8"))
+            return files.read_json(self / name)
         except FileNotFoundError:
             raise RunError(
                 f"{self / name} is missing", fix="finish the run with `ctxdistill distill ... --resume`"
@@ -184,18 +187,46 @@ class RunDir:
     def write_jsonl(self, name: str, values: Iterable[Any]) -> None:
         write_atomic(self / name, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
-    def read_jsonl(self, name: str) -> list[Any]:
-        """All complete lines; [] when there is no such file. A last line that a kill cut off is dropped."""
+    def read_jsonl(self, name: str) -> list[dict[str, Any]]:
+        """All complete lines, an object each; [] when there is no such file. A last line that a kill cut off is dropped.
+
+        Raises: `RunError` naming a line that is something else.
+        """
         path = self / name
-        if not path.is_file():
+        if not path.exists():
             return []
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        values = []
-        for number, line in enumerate(lines[:-1], 1):
-            try:
-                values.append(json.loads(line))
-            except ValueError:
-                raise RunError(
-                    f"{path}:{number} is damaged", fix="delete this file and run again with --resume"
-                ) from None
+        values: list[dict[str, Any]] = []
+        try:
+            with files.open_regular(path) as file:
+                while (raw := file.readline(files.MAX_LINE)).endswith(b"\n"):
+                    if not isinstance(value := files.parse_json(raw.decode()), dict):
+                        raise ValueError
+                    values.append(value)
+            if len(raw) == files.MAX_LINE:
+                raise ValueError
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror}", fix="check what it is") from None
+        except ValueError:
+            raise RunError(
+                f"{path}:{len(values) + 1} is damaged", fix="delete this file and run again with --resume"
+            ) from None
         return values
+
+
+@contextlib.contextmanager
+def reading(folder: str | Path) -> Iterator[None]:
+    """Inside, what was read from a run's or a study's folder is made sense of; where it lacks what is needed, the files are
+    to blame, and not the program."""
+    try:
+        yield
+    except (CtxDistillError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever code meets that is given what it does not expect
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        where = f"{Path(frame.f_code.co_filename).name}:{line}"
+        raise RunError(
+            f"{folder} holds files that cannot be understood",
+            expected="files as this version of ctxdistill writes them",
+            found=f"{type(error).__name__}: {str(error)[:200]} ({where})",
+            fix="run it again; if nobody has changed these files, this is a bug: please report it with these lines",
+        ) from error
