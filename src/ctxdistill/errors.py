@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+LONGEST = 500
+"""Characters of one of several problems: a name that is quoted may be megabytes."""
+
 
 class CtxDistillError(Exception):
     """Base of all errors that the user can fix.
@@ -57,7 +60,7 @@ def several(
     kind: type[CtxDistillError], what: str, problems: Sequence[str], *, fix: str = "", most: int = 20
 ) -> CtxDistillError:
     """One error that lists all problems, at most `most` of them spelled out, so that the user mends them in one go."""
-    lines = [f"  - {problem}" for problem in problems[:most]]
+    lines = [f"  - {problem[:LONGEST]}" for problem in problems[:most]]
     if len(problems) > most:
         lines.append(f"  - ... and {len(problems) - most} more")
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

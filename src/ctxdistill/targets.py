@@ -26,6 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from ctxdistill import files
 from ctxdistill.errors import ModelError, RunError
 from ctxdistill.lm import LM, Prefix, check_finite, common_prefix
 from ctxdistill.prompts import Pair, Prompter, join
@@ -69,9 +70,11 @@ class TargetStore:
         if not index.is_file():
             return
         try:
-            stored = json.loads(index.read_text(encoding="utf-8"))
+            stored = files.read_json(index)
             self.shards, self.where = dict(stored["shards"]), dict(stored["keys"])
-        except (ValueError, KeyError, OSError) as error:
+            if strange := set(self.where.values()) - set(self.shards) or {n for n in self.shards if Path(n).name != n}:
+                raise ValueError(f"no shard of this folder is called {sorted(strange)[0]!r:.60}")
+        except (ValueError, LookupError, TypeError, OSError) as error:
             raise RunError(
                 f"{index} is damaged: {error}", fix=f"delete {folder}; the targets will be made again"
             ) from None
@@ -92,6 +95,8 @@ class TargetStore:
     def __getitem__(self, key: str) -> Target:
         with safe_open(self.folder / self.where[key], framework="pt") as file:
             names = [name for name in file.keys() if name.startswith(f"{key}.")]  # noqa: SIM118 (not a dict)
+            if f"{key}.ids" not in names:
+                raise RunError(f"{self.where[key]} holds no target {key}", fix=f"delete {self.folder}")
             tensors = {name.partition(".")[2]: file.get_tensor(name) for name in names}
         return Target(key, tuple(tensors.pop("ids").tolist()), tensors)
 
