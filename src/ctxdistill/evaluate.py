@@ -28,6 +28,7 @@ from ctxdistill.prompts import Pair, Prompter, join
 from ctxdistill.recipe import CompletionsSection, EvalSection, Recipe, TargetsSection
 from ctxdistill.rundir import Progress, no_progress
 from ctxdistill.targets import Target, TargetStore, label, score_labels
+from ctxdistill.trust import need_code
 
 FEW_ROWS = 30
 """Below this, a gain that is there but not proven does not stop a run."""
@@ -94,7 +95,10 @@ def metrics_of(recipe: Recipe, pairs: Sequence[Pair]) -> dict[str, Metric]:
 
 
 def load_function(name: str, recipe: Recipe, key: str = "eval.metrics") -> Metric:
-    """A user's own function, `module:function`; modules beside the recipe are found. `key` names it in messages."""
+    """A user's own function, `module:function`; modules beside the recipe are found. `key` names it in messages.
+
+    Raises: `RecipeError` when it cannot be loaded, or nobody has allowed that (`trust`)."""
+    need_code(f"{key} = {name!r}")
     module, _, function = name.partition(":")
     folder = str(recipe.base_dir)
     sys.path.insert(0, folder)

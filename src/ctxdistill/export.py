@@ -204,6 +204,7 @@ def export(
     Raises: `RunError` for an unfinished run or a folder of something else, `ModelError` for a model the format lacks.
     """
     folder = RunDir.existing(run)
+    folder.refuse_links()
     final = Path(out) if out else folder / "export" / format
     if not (folder / "adapter" / "adapter_model.safetensors").is_file():
         raise RunError(f"{folder.path} has no adapter yet", fix="finish the run with --resume")

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ctxdistill import files
 from ctxdistill.errors import RecipeError, several
+from ctxdistill.trust import outside
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 AboveZero = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -447,10 +448,16 @@ class Recipe(Section):
         except (RuntimeError, ValueError, OSError) as error:
             raise RecipeError(f"{name!r} is not a path: {error}", expected="a file or folder") from None
 
+    def written(self) -> dict[str, Path]:
+        """What is written beside the run folder, by its key."""
+        names = {"targets.dir": self.targets.dir, "synthesis.file": self.synthesis.file}
+        return {key: self.path(name) for key, name in names.items() if name}
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         """Contradictions between sections; all of them are collected and reported in one message."""
         problems = [*self._context(), *self._prompt(), *self._written(), *self._training(), *self._evaluation()]
+        problems += outside(self.written(), self.base_dir, Path.cwd())
         if problems:
             raise ValueError("\n".join(problems))
         return self

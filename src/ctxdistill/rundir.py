@@ -101,7 +101,8 @@ class RunDir:
         """Make the folder this process's. Raises: `RunError` when another process holds it, or it cannot be made."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self.refuse_links()
+            self._lock = os.open(self / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise disk_error(self.path, error) from None
         try:
@@ -118,6 +119,17 @@ class RunDir:
         with contextlib.suppress(OSError):
             for stray in self.path.glob("checkpoints/.*.tmp"):
                 stray.unlink(missing_ok=True)
+
+    def refuse_links(self) -> None:
+        """Raise `RunError` for a link in the folder that leads out of it: what is written there would be, too."""
+        whole = self.path.resolve()
+        for link in self.path.iterdir():
+            if link.is_symlink() and not link.resolve().is_relative_to(whole):
+                raise RunError(
+                    f"{link} is a link that leads out of the run folder",
+                    found=str(link.resolve()),
+                    fix="put the files themselves there, or link the whole folder",
+                )
 
     def _check_owner(self, identity: str, resume: bool) -> None:
         if not (self / "recipe.json").is_file():
@@ -174,7 +186,8 @@ class RunDir:
         """Add one line to a JSON-lines file."""
         try:
             (self / name).parent.mkdir(parents=True, exist_ok=True)
-            with open(self / name, "ab+") as file:
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+            with os.fdopen(os.open(self / name, flags, 0o644), "ab+") as file:
                 if size := file.tell():
                     file.seek(size - 1)
                     if file.read(1) != b"\n":  # a kill or a full disk cut the last line off
