@@ -8,6 +8,7 @@ up); the sum is judged on the held-out rows of every run, beside each adapter al
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -87,10 +88,11 @@ def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Prog
 
 
 def distinct(paths: Sequence[Path]) -> list[str]:
-    """A short name for each run: its folder's, with a number where two are called the same. PEFT wants no dots."""
+    """A short name for each run: its folder's, with a number where two are called the same. PEFT wants no dots, and the card
+    no markup."""
     names: list[str] = []
     for path in paths:
-        name = path.resolve().name.replace(".", "-")
+        name = re.sub(r"[^\w-]+", "-", path.resolve().name)
         names.append(name if name not in [*names, "composed"] else f"{name}-{len(names) + 1}")
     return names
 
