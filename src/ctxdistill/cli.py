@@ -68,7 +68,8 @@ def root(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
     ] = False,
     allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Let the recipe load functions, and code that comes with its model.")
+        bool,
+        typer.Option("--allow-code", help="Let a recipe load functions, and the one in a run folder its model's code."),
     ] = False,
 ) -> None:
     """Turn a context (examples, a system prompt, documents) into a LoRA adapter, and measure how faithful it is.

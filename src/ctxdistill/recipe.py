@@ -126,7 +126,8 @@ class SynthesisSection(Section):
     """What is split into training, validation and, without `eval.data`, evaluation: `query`, so that all chunks are
     taught, or `chunk`, so that all queries of a chunk are on one side."""
     file: str | None = None
-    """Where the queries are. Unset: `queries.jsonl` in the run folder. A file that is there is used as it is."""
+    """Where the queries are. Unset: `queries.jsonl` in the run folder. A file that is there is used as it is. Below the
+    recipe's folder or the working directory."""
     endpoint: str | None = None
     """Base URL of an OpenAI-compatible server (vLLM, for example) that writes instead of the local model, such as
     `http://localhost:8000/v1`."""
@@ -232,7 +233,7 @@ class CompletionsSection(Section):
     """With `extract`: the student learns the answer alone, on which the teacher is asked behind its own thoughts, or all."""
     checker: str | None = None
     """Your own `module:function` that takes (answer as the teacher wrote it, reference answer, row) and says whether to
-    train on it. The report has the acceptance rate."""
+    train on it; needs `ctxdistill --allow-code`. The report has the acceptance rate."""
     supervise_end: bool = True
     """Teach where the answer ends, too. Turn off to teach the label position alone, as some papers do."""
 
@@ -246,7 +247,8 @@ class TargetsSection(Section):
     k: Positive = 256
     """Number of tokens kept by `topk`."""
     dir: str | None = None
-    """Folder of the target store. Unset: `targets/` in the run folder. Shared between runs, it saves asking the teacher twice."""
+    """Folder of the target store. Unset: `targets/` in the run folder. Shared between runs, it saves asking the teacher twice.
+    Below the recipe's folder or the working directory."""
     batch_size: Positive = 16
     """Rows per teacher forward pass, and per generation and evaluation batch. Part of what makes a run bit for bit
     repeatable."""
@@ -338,9 +340,10 @@ class EvalSection(DataSection):
     """Without `data`: share of the queries that is held out."""
     metrics: list[str] = []
     """Any of `exact_match`, `format`, `field_accuracy`, `label_accuracy`, `macro_f1`; `squad_exact`, `squad_f1` and
-    `squad_contains` (the answer stands somewhere in what was written), which compare words without case, punctuation and
-    articles, with the best of a row's `answers` (a list) if it has several; or your own `module:function` that takes
-    (prediction, answer, row) and returns a number. Empty: all of the first five that the data allows."""
+    `squad_contains` (the answer stands somewhere in what was written), which compare words without case, punctuation
+    and articles, with the best of a row's `answers` (a list) if it has several; or your own `module:function` that
+    takes (prediction, answer, row) and returns a number, which needs `ctxdistill --allow-code`. Empty: all of the first
+    five that the data allows."""
     group: str | None = None
     """A column of the held-out rows by whose values the results are shown, too."""
     format: str | None = None
