@@ -20,12 +20,13 @@ from safetensors.numpy import load_file, save_file
 from ctxdistill import cli, files, formats
 from ctxdistill import rows as data
 from ctxdistill.adapters import settings_of
-from ctxdistill.errors import CtxDistillError, DataError, ModelError, RecipeError, RunError
+from ctxdistill.errors import CtxDistillError, DataError, ModelError, RecipeError, RunError, TrainError
 from ctxdistill.grid import Study
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection, Recipe
 from ctxdistill.rundir import RunDir
 from ctxdistill.targets import TargetStore
+from ctxdistill.train import read_checkpoint
 
 GB = 1_000_000_000
 
@@ -284,3 +285,13 @@ def test_run_files_of_the_wrong_shape(finished: Path, tmp_path: Path, capsys: py
         said = capsys.readouterr().err
         assert "cannot be understood" in said or "is damaged" in said
         (tmp_path / "run" / name).write_bytes(good)
+
+
+def test_a_pipe_in_a_model_or_a_checkpoint(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    os.mkfifo(tmp_path / "model" / "added_tokens.json")
+    with pytest.raises(ModelError, match=r"added_tokens\.json is a pipe"):
+        LM.load(ModelSection(name=str(tmp_path / "model")))
+    os.mkfifo(tmp_path / "step-00000001.safetensors")
+    with pytest.raises(TrainError, match="is damaged: it is a pipe"):
+        read_checkpoint(tmp_path / "step-00000001.safetensors")

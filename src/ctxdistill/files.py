@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 MAX_RECIPE = 10_000_000
 """Bytes of a recipe or a study."""
@@ -25,7 +26,7 @@ MAX_PARTS = 5_000_000
 """Objects and lists in a JSON text: each takes some fifty times the memory of the two characters that it may be written with."""
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file to be read. Raises: OSError, also for a folder, a pipe and a device."""
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for who writes into it
     mode = os.fstat(file).st_mode

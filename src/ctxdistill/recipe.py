@@ -460,7 +460,8 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         """Contradictions between sections; all of them are collected and reported in one message."""
         problems = [*self._context(), *self._prompt(), *self._written(), *self._training(), *self._evaluation()]
-        problems += outside(self.written(), self.base_dir, Path.cwd())
+        if written := self.written():
+            problems += outside(written, self.base_dir, Path.cwd())
         if problems:
             raise ValueError("\n".join(problems))
         return self

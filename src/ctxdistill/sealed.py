@@ -14,6 +14,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ctxdistill import files
+
 
 def digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
     """SHA-256 of names, types, shapes and bytes of `tensors`, and of `text`."""
@@ -32,6 +34,8 @@ def save(tensors: Mapping[str, torch.Tensor], text: str = "") -> bytes:
 
 def load(path: Path) -> tuple[dict[str, torch.Tensor], str]:
     """What `save` was given, on the CPU. Raises: ValueError that says how the file is damaged."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"it is {files.kind(path)}")
     try:
         with safe_open(path, framework="pt") as file:
             stored = file.metadata() or {}

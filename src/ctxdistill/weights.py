@@ -27,6 +27,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ctxdistill import files
 from ctxdistill.errors import CtxDistillError, ModelError, RunError
 from ctxdistill.recipe import ModelSection
 from ctxdistill.rundir import disk_error, fingerprint, write_atomic
@@ -140,15 +141,19 @@ def locate(section: ModelSection, base_dir: Path, *, weights: bool = True) -> tu
         sha = file_sha256(path)
         return str(convert_gguf(path, sha)), sha
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) if weights else []
-        if weights and not files:
+        if odd := [p for p in sorted(path.iterdir()) if p.exists() and not (p.is_file() or p.is_dir())]:
+            raise ModelError(
+                f"{odd[0]} is {files.kind(odd[0])}", expected="files", fix="take it out of the model's folder"
+            )
+        found = sorted(path.glob("*.safetensors")) if weights else []
+        if weights and not found:
             raise ModelError(
                 f"no safetensors in {path}",
                 expected="*.safetensors (pickled weights are refused)",
                 found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
                 fix="save the model with save_pretrained, which writes safetensors",
             )
-        return str(path), hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest() if files else None
+        return str(path), hashlib.sha256("".join(map(file_sha256, found)).encode()).hexdigest() if found else None
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"no model folder at {path}", expected="a folder with config.json", fix="check model.name in the recipe"
@@ -160,7 +165,7 @@ def check_size(config: Any, weights: Sequence[Path], name: str) -> None:
     """Raise `ModelError` where `config` asks for a model that the files of `weights` cannot hold, at a bit per parameter:
     the rest would be made up, in any size."""
     bits = 8 * sum(path.stat().st_size for path in weights)
-    layers = config.get_text_config().num_hidden_layers
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     size = f"{layers:,} layers"
     if layers <= MOST_LAYERS:
         with torch.device("meta"):
@@ -185,7 +190,7 @@ def file_sha256(path: Path) -> str:
         if re.fullmatch("[0-9a-f]{64}", known := memory.read_text()):
             return known
     try:
-        with open(path, "rb") as file:
+        with files.open_regular(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}", fix="check its permissions") from None
