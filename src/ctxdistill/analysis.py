@@ -9,6 +9,7 @@ the data cannot decide is called that.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ctxdistill import claims
+from ctxdistill import claims, files
 from ctxdistill.errors import DataError, RunError
 from ctxdistill.results import finite
 from ctxdistill.rundir import RunDir
@@ -435,7 +436,7 @@ def _paper(path: Path) -> list[Data]:
     columns = {"teacher": "accuracy_teacher", "in": "accuracy_indomain", "out": "accuracy_ood"}
     groups: dict[tuple[str, str, int], list[Mapping[str, str]]] = {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with io.TextIOWrapper(files.open_regular(path), encoding="utf-8", newline="") as file:
             for line in csv.DictReader(file):
                 groups.setdefault((line["model"], line["dataset"], int(line["context_size"])), []).append(line)
         return [

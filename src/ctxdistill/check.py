@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,15 +21,16 @@ from typing import Any
 
 import torch
 
+from ctxdistill import files
 from ctxdistill.adapters import scale
 from ctxdistill.dataset import stored_recipe
 from ctxdistill.errors import RunError
-from ctxdistill.export import MANIFEST, held_out
+from ctxdistill.export import FORMATS, MANIFEST, held_out
 from ctxdistill.gguf_export import write_model
 from ctxdistill.lm import LM
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import Recipe
-from ctxdistill.rundir import Progress, RunDir, no_progress
+from ctxdistill.rundir import Progress, RunDir, no_progress, reading
 from ctxdistill.runtimes import Answer, Endpoint, Request, Runtime, Transformers, llama_server
 
 ROWS = 16
@@ -117,14 +119,28 @@ def check(
     }  # fmt: skip
 
 
+def _understood(manifest: dict[str, Any]) -> None:
+    """Raise ValueError, TypeError or KeyError for a manifest that `export` does not write. Files are names in its folder."""
+    if manifest["format"] not in FORMATS or not math.isfinite(manifest["strength"]) or manifest["strength"] < 0:
+        raise ValueError(f"format {manifest['format']!r}, strength {manifest['strength']!r}")
+    for key in ("model", "adapter"):
+        if Path(name := manifest.get(key, "x")).name != name:
+            raise ValueError(f"{key} = {name!r} is no file of the folder")
+    if not isinstance(manifest["stop"], list) or not isinstance(manifest["student_prompt"], dict):
+        raise TypeError("stop or student_prompt is not what it should be")
+
+
 def _manifest(folder: Path, run: RunDir) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = files.read_json(folder / MANIFEST, files.MAX_RECIPE)
     except (OSError, ValueError):
         raise RunError(
             f"{folder} is no export", expected=MANIFEST, fix="make one with `ctxdistill export RUN --format ...`"
         ) from None
-    made = run.read_json("recipe.json")["fingerprint"]
+    with reading(folder):
+        _understood(manifest)
+    with reading(run.path):
+        made = run.read_json("recipe.json")["fingerprint"]
     if manifest["run"] != made:
         raise RunError(
             f"{folder} was not made from {run.path}", expected=f"run {made}", found=f"run {manifest['run']}",
@@ -159,15 +175,15 @@ def _runtime(
     elif manifest["format"] in ("peft", "merged"):
         yield Transformers.load(folder, manifest["student_prompt"], kwargs)
     else:
-        with contextlib.ExitStack() as files:
+        with contextlib.ExitStack() as opened:
             adapter = folder / manifest["adapter"] if "adapter" in manifest else None
             if adapter is None:
                 below = folder / manifest["model"]
             else:
-                below = Path(base or manifest["base"] or files.enter_context(_base_gguf(lm, prompter)))
+                below = Path(base or manifest["base"] or opened.enter_context(_base_gguf(lm, prompter)))
             if not below.is_file():
                 raise RunError(f"no GGUF file at {below}", fix="name the base that is under the adapter with --base")
-            yield files.enter_context(
+            yield opened.enter_context(
                 llama_server(below, adapter, lm.tokenizer, context=room, template_kwargs=kwargs, stop=stop)
             )
 
@@ -187,11 +203,15 @@ def _base_gguf(lm: LM, prompter: Prompter) -> Iterator[Path]:
 
 def _ollama_template(folder: Path) -> str:
     """The prompt of the Modelfile, as Ollama fills it."""
-    text = (folder / "Modelfile").read_text(encoding="utf-8")
+    try:
+        text = files.read_text(folder / "Modelfile", files.MAX_RECIPE)
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {folder / 'Modelfile'}: {error}", fix="export it again") from None
     found = re.search(r'^TEMPLATE """(.*?)"""$', text, re.MULTILINE | re.DOTALL)
     if found is None:
         raise RunError(f"{folder / 'Modelfile'} has no TEMPLATE", fix="export it again")
-    return re.sub(r'\{\{ (".*?") \}\}', lambda m: str(json.loads(m[1])), found[1])
+    with reading(folder):
+        return re.sub(r'\{\{ (".*?") \}\}', lambda m: str(json.loads(m[1])), found[1])
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------

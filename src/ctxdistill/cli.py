@@ -1,7 +1,7 @@
 """The command line: words in, an exit code out. It can do nothing that the Python API cannot.
 
 Exit codes: 0; 2 for what the user can fix (`CtxDistillError`, wrong usage); 1 for a bug, with its traceback; 130 after
-Ctrl-C. Invariants: with `--json` exactly one JSON object goes to stdout, errors included, and all else to stderr; torch
+Ctrl-C or SIGTERM. Invariants: with `--json` exactly one JSON object goes to stdout, errors included, and all else to stderr; torch
 is imported by the commands that need it, never by this module, so that `--help` is quick.
 """
 
@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +22,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ctxdistill import __version__, display
-from ctxdistill.errors import CtxDistillError, RunError
+from ctxdistill import __version__, display, trust
+from ctxdistill.errors import CtxDistillError, RunError, redact
 from ctxdistill.rundir import RunDir, write_atomic
 
 app = typer.Typer(
@@ -63,14 +66,22 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+    allow_code: Annotated[
+        bool,
+        typer.Option("--allow-code", help="Let a recipe load functions, and the one in a run folder its model's code."),
     ] = False,
 ) -> None:
     """Turn a context (examples, a system prompt, documents) into a LoRA adapter, and measure how faithful it is.
 
     Start with: ctxdistill demo
     """
+    if allow_code and not trust.code_allowed():
+        os.environ[trust.ALLOW] = "1"
+        context.call_on_close(lambda: os.environ.pop(trust.ALLOW, None))
 
 
 @app.command()
@@ -86,7 +97,7 @@ def demo(
     Example: ctxdistill demo --out runs/first
     """
     folder = out or Path("runs") / ("demo-small" if small else "demo")
-    again = shlex.join(["ctxdistill", "demo", *(["--small"] if small else []), *(["--out", str(out)] if out else [])])
+    again = _again("demo", *(["--small"] if small else []), *(["--out", str(out)] if out else []))
     with _work(as_json, f"stopped; go on with: {again}") as watcher:
         from ctxdistill import pipeline
 
@@ -250,7 +261,7 @@ def distill(
 
     loaded = Recipe.load(recipe, overrides or ())
     folder = out or Path("runs") / (loaded.name or "run")
-    again = shlex.join(["ctxdistill", "distill", str(recipe), *(overrides or ()), "--out", str(folder), "--resume"])
+    again = _again("distill", str(recipe), *(overrides or ()), "--out", str(folder), "--resume")
     with _work(as_json, f"stopped; go on with: {again}") as watcher:
         from ctxdistill import pipeline
 
@@ -482,7 +493,7 @@ def study(
         raise RunError("no study is named", expected="a .toml file", fix="ctxdistill study --tasks lists what there is")
     loaded = Study.load(path, overrides or ())
     folder = out or Path("runs") / (loaded.name or "study")
-    again = shlex.join(["ctxdistill", "study", str(path), *(overrides or ()), "--out", str(folder)])
+    again = _again("study", str(path), *(overrides or ()), "--out", str(folder))
     with _work(as_json, f"stopped; go on with: {again}", first=f"{len(loaded.cells())} cells; {LOADING}") as watcher:
         from ctxdistill import study as studies
 
@@ -578,14 +589,33 @@ def _say_page(page: Path, as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _work(as_json: bool, stopped: str = "stopped", first: str = LOADING) -> Iterator[display.Watcher]:
-    """Something long: progress on stderr, nothing of others on stdout beside the JSON, and a word after Ctrl-C."""
+    """Something long: progress on stderr, nothing of others on stdout beside the JSON, and a word after Ctrl-C or SIGTERM."""
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_terminable())
             if as_json:
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             yield stack.enter_context(display.Watcher(first))
     except KeyboardInterrupt:
         raise Interrupted(stopped) from None
+
+
+def _again(*words: str) -> str:
+    """The command line that goes on with a command."""
+    return shlex.join(["ctxdistill", *(["--allow-code"] if trust.code_allowed() else []), *words])
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM stops as Ctrl-C does, unless somebody has given it another meaning."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _finish(path: Path, evaluation: dict[str, Any], as_json: bool) -> None:
@@ -641,8 +671,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, found = 130, {"kind": "Interrupted", "message": str(error) or "stopped"}
         display.console(stderr=True).print(display.plain(found["message"]), soft_wrap=True)
     except Exception as error:
-        code, found = 1, {"kind": "Bug", "message": f"{type(error).__name__}: {error}"}
-        sys.stderr.write(display.visible(traceback.format_exc()))
+        code, found = 1, {"kind": "Bug", "message": redact(f"{type(error).__name__}: {error}")}
+        sys.stderr.write(display.visible(redact(traceback.format_exc())))
         display.error(f"this is a bug in ctxdistill {__version__}; please report it with the lines above")
     if found and "--json" in given:
         _json({"error": found})

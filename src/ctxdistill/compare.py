@@ -21,7 +21,7 @@ from ctxdistill.errors import RunError
 from ctxdistill.plots import interval_plot
 from ctxdistill.report import environment, read_run
 from ctxdistill.results import METRICS, NO_VALUE, Data, cells, finite, metric_label, verdict
-from ctxdistill.rundir import RunDir, write_atomic
+from ctxdistill.rundir import RunDir, reading, write_atomic
 
 LEAST = 8
 """Shared rows below which no test is made."""
@@ -46,6 +46,11 @@ def compare(folders: Sequence[str | Path]) -> Data:
         raise RunError(
             "these runs cannot be compared", expected="2 to 26 different run folders", found=" ".join(map(str, folders))
         )
+    with reading(" and ".join(map(str, folders))):
+        return _compare(folders)
+
+
+def _compare(folders: Sequence[str | Path]) -> Data:
     runs = [_load(letter, folder) for letter, folder in zip(string.ascii_uppercase, folders, strict=False)]
     pairs: list[Data] = []
     refused: list[Data] = []
@@ -65,11 +70,10 @@ def compare(folders: Sequence[str | Path]) -> Data:
 def write_page(found: Data, path: Path) -> Path:
     """Write the page of what `compare` found. Raises: `RunError` when it cannot be written."""
     points = [(run["letter"], run["evaluation"].get("kl_closed")) for run in found["runs"]]
-    view = {
-        **found,
-        "plot": interval_plot([p for p in points if p[1]], "KL closed %", "closed"),
-    }
-    write_atomic(path, environment("html").get_template("compare.html.j2").render(view))
+    with reading(" and ".join(run["path"] for run in found["runs"])):
+        view = {**found, "plot": interval_plot([p for p in points if p[1]], "KL closed %", "closed")}
+        page = environment("html").get_template("compare.html.j2").render(view)
+    write_atomic(path, page)
     return path
 
 

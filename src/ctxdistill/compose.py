@@ -8,12 +8,14 @@ up); the sum is judged on the held-out rows of every run, beside each adapter al
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ctxdistill.adapters import settings_of
 from ctxdistill.behaviour import Check
 from ctxdistill.crosstalk import CLOSED, matrix
 from ctxdistill.dataset import prepare, stored_recipe
@@ -21,7 +23,7 @@ from ctxdistill.errors import ModelError, RunError
 from ctxdistill.evaluate import teacher_targets
 from ctxdistill.lm import LM
 from ctxdistill.recipe import Recipe
-from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress, write_atomic
+from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress, reading, write_atomic
 from ctxdistill.store import TargetStore
 from ctxdistill.weights import quiet_peft
 
@@ -83,17 +85,21 @@ def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Prog
 
 
 def distinct(paths: Sequence[Path]) -> list[str]:
-    """A short name for each run: its folder's, with a number where two are called the same. PEFT wants no dots."""
+    """A short name for each run: its folder's, with a number where two are called the same. PEFT wants no dots, and the card
+    no markup."""
     names: list[str] = []
     for path in paths:
-        name = path.resolve().name.replace(".", "-")
+        name = re.sub(r"[^\w-]+", "-", path.resolve().name)
         names.append(name if name not in [*names, "composed"] else f"{name}-{len(names) + 1}")
     return names
 
 
 def check_same(folders: Sequence[RunDir], recipes: Sequence[Recipe]) -> None:
     """Raise `ModelError` for runs whose adapters cannot be summed."""
-    hashes = [folder.read_json("recipe.json")["model"]["weights_sha256"] for folder in folders]
+    hashes = []
+    for folder in folders:
+        with reading(folder.path):
+            hashes.append(str(folder.read_json("recipe.json")["model"]["weights_sha256"]))
     for folder, sha in zip(folders, hashes, strict=True):
         if sha != hashes[0]:
             raise ModelError(
@@ -115,6 +121,7 @@ def load(lm: LM, folders: Sequence[RunDir], names: Sequence[str], weights: Seque
     lm.load_adapter(folders[0] / "adapter", names[0])
     with quiet_peft():
         for folder, name in zip(folders[1:], names[1:], strict=True):
+            settings_of(folder / "adapter")
             lm.peft.load_adapter(str(folder / "adapter"), adapter_name=name)
         lm.peft.add_weighted_adapter(list(names), list(weights), "composed", combination_type="cat")
     lm.training(False)

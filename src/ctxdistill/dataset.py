@@ -19,13 +19,14 @@ from ctxdistill import evaluate as evaluation
 from ctxdistill import losses, synthesis
 from ctxdistill import rows as data
 from ctxdistill.conversations import CONVERSATION, turns
-from ctxdistill.errors import DataError
+from ctxdistill.errors import DataError, RecipeError, several
 from ctxdistill.lm import LM, check_fit
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import DataSection, Recipe
 from ctxdistill.rows import Row, Rows
-from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress
+from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress, reading
 from ctxdistill.spool import Lazy, joined
+from ctxdistill.trust import need_code, outside
 from ctxdistill.weights import load_tokenizer
 
 
@@ -229,8 +230,17 @@ def explicit(section: Any, prefix: str = "") -> list[str]:
 
 
 def stored_recipe(run: RunDir) -> Recipe:
-    """The recipe that a run was made with."""
-    return recipe_of(run.read_json("recipe.json"))
+    """The recipe that a run was made with. The run may be somebody else's: what it may do is bounded (`trust`)."""
+    stored = run.read_json("recipe.json")
+    with reading(run.path):
+        recipe = recipe_of(stored)
+    if recipe.model.trust_remote_code:
+        need_code(f"model.trust_remote_code in the recipe of {run.path}")
+    if problems := outside(recipe.written(), run.path, Path.cwd()):
+        raise several(
+            RecipeError, f"the recipe of {run.path}", problems, fix="start in a folder that holds these files"
+        )
+    return recipe
 
 
 def recipe_of(stored: dict[str, Any]) -> Recipe:

@@ -33,7 +33,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from ctxdistill.errors import CtxDistillError
+from ctxdistill.errors import CtxDistillError, redact
 from ctxdistill.report import visible
 from ctxdistill.results import (
     arm_label,
@@ -159,7 +159,7 @@ class _Log(logging.Handler):
         self.err = err
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.err.print(plain(record.getMessage(), "dim"), soft_wrap=True)
+        self.err.print(plain(redact(record.getMessage()), "dim"), soft_wrap=True)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

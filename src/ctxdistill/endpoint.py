@@ -7,6 +7,7 @@ are not followed; an answer is bounded in size; what may pass is tried again wit
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -105,7 +106,11 @@ class Endpoint:
                     raise self._failed(found) from None
                 asked = error.headers.get("Retry-After") or ""
                 pause = min(LONGEST_PAUSE, float(asked)) if asked.isdigit() else pause
-            except (urllib.error.URLError, OSError) as error:  # no connection, or none in time
+            except (
+                urllib.error.URLError,
+                OSError,
+                http.client.HTTPException,
+            ) as error:  # no connection, or none in time
                 found = f"{type(error).__name__}: {_start(str(error).encode(), key)}"
             if tried < self.retries:
                 self.wait(pause)

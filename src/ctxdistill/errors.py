@@ -6,7 +6,14 @@ never shows a traceback; anything else that escapes is a bug (exit code 1).
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
+
+SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+"""Names of environment variables whose values are nobody's business."""
+LONGEST = 500
+"""Characters of one of several problems: a name that is quoted may be megabytes."""
 
 
 class CtxDistillError(Exception):
@@ -20,9 +27,9 @@ class CtxDistillError(Exception):
     """
 
     def __init__(self, message: str, *, expected: str = "", found: str = "", fix: str = "") -> None:
-        self.message, self.expected, self.found, self.fix = message, expected, found, fix
-        parts = [("expected", expected), ("found", found), ("fix", fix)]
-        super().__init__("\n".join([message, *(f"  {name}: {text}" for name, text in parts if text)]))
+        self.message, self.expected, self.found, self.fix = map(redact, (message, expected, found, fix))
+        parts = [("expected", self.expected), ("found", self.found), ("fix", self.fix)]
+        super().__init__("\n".join([self.message, *(f"  {name}: {text}" for name, text in parts if text)]))
 
 
 class RecipeError(CtxDistillError):
@@ -53,11 +60,19 @@ class TrainError(CtxDistillError):
     """Training cannot go on: a loss that is not finite, a gradient that is zero."""
 
 
+def redact(text: str) -> str:
+    """`text` without the values of secret environment variables, and without the user in an address (`//user:word@host`)."""
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return re.sub(r"(?<=://)[^/\s@'\"]+@", "***@", text)
+
+
 def several(
     kind: type[CtxDistillError], what: str, problems: Sequence[str], *, fix: str = "", most: int = 20
 ) -> CtxDistillError:
     """One error that lists all problems, at most `most` of them spelled out, so that the user mends them in one go."""
-    lines = [f"  - {problem}" for problem in problems[:most]]
+    lines = [f"  - {problem[:LONGEST]}" for problem in problems[:most]]
     if len(problems) > most:
         lines.append(f"  - ... and {len(problems) - most} more")
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

@@ -30,6 +30,7 @@ from ctxdistill.rundir import Progress, no_progress
 from ctxdistill.spool import Lazy
 from ctxdistill.store import Target, TargetStore
 from ctxdistill.targets import label, score_labels
+from ctxdistill.trust import need_code
 
 FEW_ROWS = 30
 """Below this, a gain that is there but not proven does not stop a run."""
@@ -107,7 +108,10 @@ def metrics_of(recipe: Recipe, pairs: Sequence[Pair]) -> dict[str, Metric]:
 
 
 def load_function(name: str, recipe: Recipe, key: str = "eval.metrics") -> Metric:
-    """A user's own function, `module:function`; modules beside the recipe are found. `key` names it in messages."""
+    """A user's own function, `module:function`; modules beside the recipe are found. `key` names it in messages.
+
+    Raises: `RecipeError` when it cannot be loaded, or nobody has allowed that (`trust`)."""
+    need_code(f"{key} = {name!r}")
     module, _, function = name.partition(":")
     folder = str(recipe.base_dir)
     sys.path.insert(0, folder)

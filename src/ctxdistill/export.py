@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from ctxdistill import gguf_export, losses
-from ctxdistill.adapters import scale
+from ctxdistill.adapters import scale, settings_of
 from ctxdistill.dataset import read_rows, stored_recipe
 from ctxdistill.errors import ModelError, RecipeError, RunError
 from ctxdistill.lm import LM
@@ -94,7 +94,7 @@ def peft(job: Job) -> list[str]:
     tensors = load_file(adapter / "adapter_model.safetensors")
     scaled = {name: t * job.strength if ".lora_B." in name else t for name, t in tensors.items()}
     save_file(scaled, job.out / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = settings_of(adapter)
     settings |= {"base_model_name_or_path": job.source, "revision": job.recipe.model.revision}
     write_atomic(job.out / "adapter_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     job.tokenizer.save_pretrained(job.out)
@@ -204,6 +204,7 @@ def export(
     Raises: `RunError` for an unfinished run or a folder of something else, `ModelError` for a model the format lacks.
     """
     folder = RunDir.existing(run)
+    folder.refuse_links()
     final = Path(out) if out else folder / "export" / format
     if not (folder / "adapter" / "adapter_model.safetensors").is_file():
         raise RunError(f"{folder.path} has no adapter yet", fix="finish the run with --resume")

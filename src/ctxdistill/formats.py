@@ -149,6 +149,8 @@ def _system_of(path: Path, rows: Rows) -> tuple[dict[str, str], list[str]]:
     """Keys of `[context]` for conversations: the one system text, or the column that holds each row's."""
     firsts = [row["messages"][0] if isinstance(row["messages"], list) and row["messages"] else {} for row in rows]
     texts = [m.get("content") if isinstance(m, dict) and m.get("role") == "system" else None for m in firsts]
+    if strange := [n for n, text in enumerate(texts, 1) if not isinstance(text, str | None)]:
+        raise DataError(f"{path}: the system turn of row {strange[0]} holds no text", expected="a text as its content")
     without = texts.count(None)
     if without == len(texts):
         return {}, []

@@ -19,6 +19,7 @@ import gguf
 import torch
 from safetensors.torch import load_file
 
+from ctxdistill.adapters import settings_of
 from ctxdistill.errors import ModelError
 from ctxdistill.rundir import disk_error
 
@@ -134,7 +135,7 @@ def write_adapter(path: Path, config: Any, adapter: Path, strength: float = 1.0)
     llama.cpp multiplies B A by alpha / rank, but by 1 where alpha is 0; so `strength` goes into B.
     """
     arch = architecture_of(config)
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = settings_of(adapter)
     rank, alpha = settings["r"], settings["lora_alpha"]
     special = [key for key in ("rank_pattern", "alpha_pattern", "use_dora", "lora_bias") if settings.get(key)]
     if special or settings.get("bias", "none") != "none":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,13 +29,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from ctxdistill.adapters import encoder_of, strengthened
-from ctxdistill.errors import FitError, ModelError, RunError
+from ctxdistill import files
+from ctxdistill.adapters import encoder_of, settings_of, strengthened
+from ctxdistill.errors import FitError, ModelError
 from ctxdistill.fused import fuse
 from ctxdistill.packing import Behind, CannotPackError, Tree, pack, packed
 from ctxdistill.recipe import LoraSection, ModelSection
 from ctxdistill.rundir import fingerprint
 from ctxdistill.weights import (
+    check_size,
     keep_differentiable,
     keep_freed_memory,
     load_tokenizer,
@@ -145,6 +147,8 @@ class LM:
         tokenizer = load_tokenizer(section, base_dir)
         with loading(section.name):
             config = AutoConfig.from_pretrained(source, **options)
+            if weights and not section.trust_remote_code:
+                check_size(config, sorted(Path(source).glob("*.safetensors")), section.name)
             for name, value in config.to_dict().items():
                 kind = "dropout" in name or name.endswith("_pdrop") or name == "layerdrop"
                 if kind and isinstance(value, float) and not dropout:
@@ -397,6 +401,7 @@ class LM:
                     input_ids=ids, attention_mask=seen, position_ids=positions, cache=cache, use_cache=True
                 )
             logits = self.head(out.last_hidden_state[:, -1])  # [B, V]
+            check_finite(logits.amax(-1), "the next-token logits")
             if temperature > 0:
                 probabilities = (logits / temperature).softmax(-1).cpu()  # [B, V]
                 rows = [
@@ -524,12 +529,7 @@ class LM:
 
     def load_adapter(self, folder: Path, name: str = "default") -> None:
         """Put a trained adapter on, under a `name`. Raises `ModelError` when it was made for another base."""
-        try:
-            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise RunError(
-                f"no adapter in {folder}", expected="adapter_config.json", fix="finish the run with --resume"
-            ) from None
+        config = settings_of(folder)
         made_for = made_for_hash(folder)
         if made_for and made_for != self.info["weights_sha256"]:
             raise ModelError(
@@ -540,10 +540,13 @@ class LM:
             )
         try:
             with quiet_peft():
+                warnings.filterwarnings(
+                    "error", message=".*missing adapter keys.*"
+                )  # it would be a part of the adapter
                 self.peft = PeftModel.from_pretrained(self.model, str(folder), name, is_trainable=False)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # peft raises what it likes, the warning above among it
             raise ModelError(
-                f"the adapter in {folder} does not fit {self.info['name']}", found=str(error).split("\n")[0]
+                f"the adapter in {folder} does not fit {self.info['name']}", found=str(error).split("\n")[0][:300]
             ) from None
         self.training(False)
 
@@ -650,9 +653,21 @@ def window_of(config: Any) -> int:
 def made_for_hash(folder: Path) -> str | None:
     """Hash of the weights that the run folder around an adapter was made with."""
     try:
-        return json.loads((folder.parent / "recipe.json").read_text(encoding="utf-8"))["model"]["weights_sha256"]  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError):
+        found = files.read_json(folder.parent / "recipe.json")["model"]["weights_sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
+    return found if isinstance(found, str) else None
+
+
+def check_finite(values: torch.Tensor, what: str, rows: Sequence[str] = ()) -> None:
+    """Raise `ModelError` where the model says NaN or infinity, naming `rows`."""
+    if not torch.isfinite(values).all():
+        raise ModelError(
+            f"{what} of the model are not finite",
+            expected="numbers",
+            found="NaN or infinity" + (f" in rows {', '.join(rows[:8])}" if rows else ""),
+            fix="check the weights; float16 overflows easily: use model.dtype bfloat16 or float32",
+        )
 
 
 def check_fit(lengths: Iterable[tuple[str, int]], window: int, what: str) -> None:

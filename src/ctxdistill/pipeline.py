@@ -38,7 +38,7 @@ from ctxdistill.lm import LM, common_prefix
 from ctxdistill.policy import Rounds
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
-from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress
+from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress, reading
 from ctxdistill.session import Piece, Session
 from ctxdistill.spool import Lazy
 from ctxdistill.store import TargetStore
@@ -78,10 +78,12 @@ def distill(
         )
     trackers.check(recipe.train.report_to)
     run = RunDir(out or Path("runs") / (recipe.name or "run"))
-    lm, prompter, rows = prepare(recipe, run.path, progress)
-    manifest = describe(recipe, lm, prompter, rows)
-    run.claim(manifest["fingerprint"], resume=resume)
+    if run.path.exists() or recipe.queries.synthesize:  # who has it is said before anything is loaded, or written there
+        run.lock()
     try:
+        lm, prompter, rows = prepare(recipe, run.path, progress)
+        manifest = describe(recipe, lm, prompter, rows)
+        run.claim(manifest["fingerprint"], resume=resume)
         run.write_json("recipe.json", manifest)
         log.info("loss: %s = %s", recipe.train.loss, losses.LOSSES[recipe.train.loss].formula)
         store = TargetStore.of(recipe, run.path)
@@ -207,6 +209,8 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
     folder = RunDir.existing(run)
     old = folder.read_json("evaluation.json")
     recipe = stored_recipe(folder)
+    with reading(folder.path):
+        spent_before = dict(old["cost"]["seconds"]), int(old["cost"]["training_tokens"])
     lm, prompter, rows = prepare(recipe, folder.path)
     # the same model, context and rows as then, or the tables would mix two things
     folder.claim(describe(recipe, lm, prompter, rows)["fingerprint"], resume=True)
@@ -217,7 +221,7 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
         result |= {key: old[key] for key in ("gate", "training", "notes", "completions") if key in old}
         made = make_examples(recipe, lm, prompter, rows.pairs["train"], store, no_progress)  # from the store
         result["parts"] = groups.tables(prompter, rows, scores_of(folder), made)
-        result["cost"] = cost(recipe, result["table"], old["cost"]["seconds"], old["cost"]["training_tokens"])
+        result["cost"] = cost(recipe, result["table"], *spent_before)
         folder.write_json("evaluation.json", result)
         reports.write_card(folder.path)
         reports.write_report(folder.path)

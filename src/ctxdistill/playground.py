@@ -26,6 +26,8 @@ from ctxdistill.session import Answer, Piece, Session, Token
 
 MOST = 20_000
 """Characters of a message."""
+LARGEST = 1_000_000
+"""Bytes of a request."""
 SHOWN = 8
 """Held-out rows to click."""
 STRONGEST = 1.5
@@ -250,10 +252,25 @@ def page(runs: Runs) -> Any:
 
 
 class _Guard:
-    """ASGI middleware: only the paths in `OPEN`, and the policy on every answer."""
+    """ASGI middleware: only the paths in `OPEN`, no large requests, and the policy on every answer. With `local`, only who
+    asks for this machine by its own name: a page of the internet cannot make its name mean this machine and ask."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, local: bool = False) -> None:
+        self.app, self.local = app, local
+
+    def refuses(self, scope: MutableMapping[str, Any]) -> int:
+        """The status with which a request is refused; 0 where it is not."""
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope.get("headers", [])}
+        host = headers.get(b"host", "").rsplit(":", 1)[0].strip("[]") or headers.get(b"host", "")
+        if self.local and host not in LOCAL:
+            return 421
+        if scope["type"] != "http":
+            return 0
+        if scope["path"] != "/" and not scope["path"].startswith(OPEN):
+            return 404
+        length = headers.get(b"content-length", "0")
+        chunked = b"transfer-encoding" in headers  # whose end nobody knows
+        return 413 if chunked or not length.isdigit() or int(length) > LARGEST else 0
 
     async def __call__(
         self,
@@ -271,15 +288,18 @@ class _Guard:
                 message["headers"] = [*message.get("headers", []), *((k, v.encode()) for k, v in headers.items())]
             await send(message)
 
-        if scope["type"] == "http" and scope["path"] != "/" and not scope["path"].startswith(OPEN):
-            await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
+        if scope["type"] in ("http", "websocket") and (status := self.refuses(scope)):
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+                return
+            await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
             return
         await self.app(scope, receive, guarded)
 
 
-def application(runs: Runs) -> Any:
-    """The page as an ASGI application."""
+def application(runs: Runs, local: bool = True) -> Any:
+    """The page as an ASGI application; `local`: for those who are on this machine alone."""
     import fastapi
     import gradio as gr
     from starlette.middleware import Middleware
@@ -290,7 +310,7 @@ def application(runs: Runs) -> Any:
         "font": ["system-ui", "sans-serif"],
         "font_mono": ["ui-monospace", "monospace"],
     }  # of the system: none is loaded
-    app = fastapi.FastAPI(middleware=[Middleware(_Guard)], docs_url=None, redoc_url=None, openapi_url=None)
+    app = fastapi.FastAPI(middleware=[Middleware(_Guard, local=local)], docs_url=None, redoc_url=None, openapi_url=None)
     mounted: Any = gr.mount_gradio_app(
         app, page(runs), path="/", footer_links=[], run_history=False, allowed_paths=[], show_error=False, max_file_size=0,
         ssr_mode=False, enable_monitoring=False, mcp_server=False, pwa=False, head=f"<style>{styles}</style>",
@@ -327,7 +347,9 @@ def serve(
                 f"cannot listen on {host}, port {port}: {error}", fix="choose another with --port, or --port 0 for any"
             ) from None
         # an open page holds a connection for as long as it is open: Ctrl-C does not wait for that
-        config = uvicorn.Config(application(Runs(folders)), log_level="warning", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            application(Runs(folders), host in LOCAL), log_level="warning", timeout_graceful_shutdown=1
+        )
         listening.listen()  # who comes before the server is up waits
         name = f"[{host}]" if ":" in host else host
         ready(f"http://{name}:{listening.getsockname()[1]}/")

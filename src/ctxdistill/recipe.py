@@ -19,7 +19,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ctxdistill import files
 from ctxdistill.errors import RecipeError, several
+from ctxdistill.trust import outside
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 AboveZero = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -129,7 +131,8 @@ class SynthesisSection(Section):
     """What is split into training, validation and, without `eval.data`, evaluation: `query`, so that all chunks are
     taught, or `chunk`, so that all queries of a chunk are on one side."""
     file: str | None = None
-    """Where the queries are. Unset: `queries.jsonl` in the run folder. A file that is there is used as it is."""
+    """Where the queries are. Unset: `queries.jsonl` in the run folder. A file that is there is used as it is. Below the
+    recipe's folder or the working directory."""
     endpoint: str | None = None
     """Base URL of an OpenAI-compatible server (vLLM, for example) that writes instead of the local model, such as
     `http://localhost:8000/v1`."""
@@ -235,7 +238,7 @@ class CompletionsSection(Section):
     """With `extract`: the student learns the answer alone, on which the teacher is asked behind its own thoughts, or all."""
     checker: str | None = None
     """Your own `module:function` that takes (answer as the teacher wrote it, reference answer, row) and says whether to
-    train on it. The report has the acceptance rate."""
+    train on it; needs `ctxdistill --allow-code`. The report has the acceptance rate."""
     supervise_end: bool = True
     """Teach where the answer ends, too. Turn off to teach the label position alone, as some papers do."""
 
@@ -249,7 +252,8 @@ class TargetsSection(Section):
     k: Positive = 256
     """Number of tokens kept by `topk`."""
     dir: str | None = None
-    """Folder of the target store. Unset: `targets/` in the run folder. Shared between runs, it saves asking the teacher twice."""
+    """Folder of the target store. Unset: `targets/` in the run folder. Shared between runs, it saves asking the teacher twice.
+    Below the recipe's folder or the working directory."""
     batch_size: Positive = 16
     """Rows per teacher forward pass, and per generation and evaluation batch. Part of what makes a run bit for bit
     repeatable."""
@@ -344,7 +348,7 @@ class EvalSection(DataSection):
     `field_accuracy`, `label_accuracy`, `macro_f1`; `squad_exact`, `squad_f1` and `squad_contains` (the answer stands
     somewhere in what was written), which compare words without case, punctuation and articles, with the best of a row's
     `answers` (a list) if it has several; or your own `module:function` that takes (prediction, answer, row) and returns a
-    number. Empty: all of the first six that the data allows."""
+    number, which needs `ctxdistill --allow-code`. Empty: all of the first six that the data allows."""
     group: str | None = None
     """A column of the held-out rows by whose values the results are shown, too."""
     format: str | None = None
@@ -468,10 +472,17 @@ class Recipe(Section):
         except (RuntimeError, ValueError, OSError) as error:
             raise RecipeError(f"{name!r} is not a path: {error}", expected="a file or folder") from None
 
+    def written(self) -> dict[str, Path]:
+        """What is written beside the run folder, by its key."""
+        names = {"targets.dir": self.targets.dir, "synthesis.file": self.synthesis.file}
+        return {key: self.path(name) for key, name in names.items() if name}
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         """Contradictions between sections; all of them are collected and reported in one message."""
         problems = [*self._context(), *self._prompt(), *self._written(), *self._training(), *self._evaluation()]
+        if written := self.written():
+            problems += outside(written, self.base_dir, Path.cwd())
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -690,12 +701,12 @@ def read_toml(path: str | Path, overrides: Sequence[str], *, start: str) -> dict
     if path.is_dir():
         raise RecipeError(f"{path} is a folder", expected="a recipe file (.toml)", fix="name the recipe itself")
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(files.read_text(path, files.MAX_RECIPE))
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}", expected="a TOML file", fix=start) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read {path}: {error}", expected="a readable UTF-8 text file") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number that is too long is a plain ValueError
         raise RecipeError(f"{path} is not valid TOML: {error}", fix="strings need quotes; see docs/recipe.md") from None
     apply_overrides(raw, overrides)
     raw.setdefault("name", path.stem)

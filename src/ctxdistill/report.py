@@ -37,7 +37,7 @@ from ctxdistill.results import (
     scored,
     verdict,
 )
-from ctxdistill.rundir import RunDir, write_atomic
+from ctxdistill.rundir import RunDir, reading, write_atomic
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -65,9 +65,12 @@ def write_report(run: str | Path) -> Path:
     Raises: `RunError` when the run is incomplete or damaged, or the files cannot be written.
     """
     folder = RunDir(run)
-    view = _view(folder)
-    write_atomic(folder / "report.md", environment("md").get_template("report.md.j2").render(view))
-    write_atomic(folder / "report.html", environment("html").get_template("report.html.j2").render(view))
+    with reading(folder.path):
+        view = _view(folder)
+        text = environment("md").get_template("report.md.j2").render(view)
+        page = environment("html").get_template("report.html.j2").render(view)
+    write_atomic(folder / "report.md", text)
+    write_atomic(folder / "report.html", page)
     return folder / "report.html"
 
 

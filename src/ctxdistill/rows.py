@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,17 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ctxdistill import files
 from ctxdistill.errors import DataError, several
 from ctxdistill.recipe import DataSection, Recipe, fields_of
 from ctxdistill.spool import Lazy, Records
 
 MAX_BYTES = 10_000_000
 """Longest line, document or text file; more is a wrong file, and is not read into memory."""
-MAX_JSON_BYTES = 256_000_000
-"""Largest `.json` file, which has to be read as a whole."""
+MAX_PROBLEMS = 1000
+"""Problems after which a file is not read on."""
+MAX_PARQUET = (2_000_000_000, 30)
+"""Memory that a Parquet file may take while it is read: bytes, and as many more for each byte of the file."""
 ROLES = ("system", "user", "assistant", "tool")
 HUB = "hub:"
 
@@ -262,7 +266,7 @@ def _read_jsonl(path: Path, most: int, problems: list[str]) -> tuple[Sequence[Re
 
 def _read_json(path: Path, most: int, problems: list[str]) -> tuple[list[Record], int]:
     try:
-        text = _bounded(path, MAX_JSON_BYTES, path.name).decode("utf-8-sig")
+        text = _bounded(path, files.MAX_JSON, path.name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         problems.append(f"{path.name}: not valid UTF-8 at byte {error.start + 1}")
         return [], 0
@@ -312,7 +316,7 @@ def _csv_records(reader: Any, name: str, most: int, problems: list[str]) -> tupl
         if header is None:
             header = cells
             if len(set(header)) != len(header) or not all(column.strip() for column in header):
-                problems.append(f"{name}:{start}: column names must be different and not empty, found {header}")
+                problems.append(f"{name}:{start}: column names must be different and not empty, found {_short(header)}")
             continue
         total += 1
         if len(cells) != len(header):
@@ -329,16 +333,20 @@ def _read_parquet(path: Path, most: int, problems: list[str]) -> tuple[Sequence[
 
     records = Records()
     try:
-        with pq.ParquetFile(path) as file:
+        memory = MAX_PARQUET[0] + MAX_PARQUET[1] * path.stat().st_size
+        with files.bounded_memory(memory), pq.ParquetFile(path, pre_buffer=False) as file:
             total = int(file.metadata.num_rows)
             wanted = min(most or total, total)
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in file.iter_batches(batch_size=1024, use_threads=False):
                 start = len(records) + 1
                 found = [(f"{path.name}:{i}", fields) for i, fields in enumerate(batch.to_pylist(), start)]
                 records.extend(found[: wanted - len(records)])
                 if len(records) >= wanted:
                     break
-    except (pa.ArrowException, OSError) as error:
+    except MemoryError:  # Arrow's is an ArrowException, too
+        problems.append(f"{path.name}: needs more than {memory / 1e9:.1f} GB of memory to be read")
+        return [], 0
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         problems.append(f"{path.name}: cannot be read as Parquet: {error}")
         return [], 0
     return records, total
@@ -407,7 +415,7 @@ def _must_be_file(path: Path, what: str) -> None:
     folder = path.parent
     found = f"there is no folder {folder}"
     if path.exists():
-        found = "a folder"
+        found = files.kind(path)
     elif folder.is_dir():
         names = sorted(p.name for p in folder.iterdir() if p.is_file())
         near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:5]
@@ -431,7 +439,7 @@ def _bounded(path: Path, most: int, what: str) -> bytes:
 
 def _open(path: Path, what: str) -> Any:
     try:
-        return open(path, "rb")
+        return files.open_regular(path)
     except OSError as error:
         raise DataError(f"{what}: cannot open {path}: {error.strerror}", fix="check its permissions") from None
 
@@ -443,6 +451,9 @@ def lines(path: Path, problems: list[str], encoding: str = "utf-8") -> Iterator[
         for number in itertools.count(1):
             raw: bytes = file.readline(MAX_BYTES + 1)
             if not raw:
+                return
+            if len(problems) >= MAX_PROBLEMS:
+                problems.append(f"{path.name}:{number}: after {MAX_PROBLEMS:,} problems the rest is not read")
                 return
             if len(raw) > MAX_BYTES:
                 problems.append(f"{path.name}:{number}: line longer than {MAX_BYTES // 1_000_000} MB")
@@ -466,16 +477,16 @@ def _json(text: str, origin: str, problems: list[str]) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> Fields:
         fields = dict(pairs)
         if len(fields) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+            (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"the key {_short(name)} occurs twice")
         return fields
 
     try:
-        value = json.loads(text, object_pairs_hook=once)
+        value = files.parse_json(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if "\n" in text else ""
         problems.append(f"{origin}: not valid JSON{line}, column {error.colno}: {error.msg}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         problems.append(f"{origin}: not valid JSON: {error}")
     else:
         if value is not None:

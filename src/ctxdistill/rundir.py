@@ -13,11 +13,14 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ctxdistill.errors import RunError
+from ctxdistill import files
+from ctxdistill.errors import CtxDistillError, RunError
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while something long goes on."""
@@ -58,9 +61,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
+        raise disk_error(path, error, len(raw)) from None
+    finally:  # also after Ctrl-C; what a kill leaves, the next one to lock the folder removes
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise disk_error(path, error, len(raw)) from None
 
 
 def disk_error(path: Path, error: OSError, size: int = 0) -> RunError:
@@ -99,7 +103,8 @@ class RunDir:
         Raises: `RunError` when another process holds it, it belongs to another recipe, it holds a run and `resume` is
         off, or it holds files that are not a run's.
         """
-        self.lock()
+        if self._lock is None:
+            self.lock()
         try:
             self._check_owner(identity, resume)
         except RunError:
@@ -110,20 +115,35 @@ class RunDir:
         """Make the folder this process's. Raises: `RunError` when another process holds it, or it cannot be made."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self.refuse_links()
+            self._lock = os.open(self / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise disk_error(self.path, error) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            holder = os.pread(self._lock, 64, 0).decode(errors="replace").strip()
+            holder = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
             os.close(self._lock)
             self._lock = None
             raise RunError(
                 f"{self.path} is in use by process {holder}", fix="wait for it, or choose another --out"
             ) from None
         os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(self._lock, f"{os.getpid()} on {platform.node()}\n".encode(), 0)
+        with contextlib.suppress(OSError):
+            for stray in self.path.glob("checkpoints/.*.tmp"):
+                stray.unlink(missing_ok=True)
+
+    def refuse_links(self) -> None:
+        """Raise `RunError` for a link in the folder that leads out of it: what is written there would be, too."""
+        whole = self.path.resolve()
+        for link in self.path.iterdir():
+            if link.is_symlink() and not link.resolve().is_relative_to(whole):
+                raise RunError(
+                    f"{link} is a link that leads out of the run folder",
+                    found=str(link.resolve()),
+                    fix="put the files themselves there, or link the whole folder",
+                )
 
     def _check_owner(self, identity: str, resume: bool) -> None:
         if not (self / "recipe.json").is_file():
@@ -140,7 +160,8 @@ class RunDir:
                     fix="choose a new folder with --out",
                 )
             return
-        stored = self.read_json("recipe.json").get("fingerprint")
+        with reading(self.path):
+            stored = self.read_json("recipe.json")["fingerprint"]
         if stored != identity:
             raise RunError(
                 f"{self.path} belongs to another recipe",
@@ -167,7 +188,7 @@ class RunDir:
     def read_json(self, name: str) -> Any:
         """Raises `RunError` when the file is missing or damaged."""
         try:
-            return json.loads((self / name).read_text(encoding="utf-8"))
+            return files.read_json(self / name)
         except FileNotFoundError:
             raise RunError(
                 f"{self / name} is missing", fix="finish the run with `ctxdistill distill ... --resume`"
@@ -179,7 +200,8 @@ class RunDir:
         """Add one line to a JSON-lines file."""
         try:
             (self / name).parent.mkdir(parents=True, exist_ok=True)
-            with open(self / name, "ab+") as file:
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+            with os.fdopen(os.open(self / name, flags, 0o644), "ab+") as file:
                 if size := file.tell():
                     file.seek(size - 1)
                     if file.read(1) != b"\n":  # a kill or a full disk cut the last line off
@@ -192,18 +214,46 @@ class RunDir:
     def write_jsonl(self, name: str, values: Iterable[Any]) -> None:
         write_atomic(self / name, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
-    def read_jsonl(self, name: str) -> list[Any]:
-        """All complete lines; [] when there is no such file. A last line that a kill cut off is dropped."""
+    def read_jsonl(self, name: str) -> list[dict[str, Any]]:
+        """All complete lines, an object each; [] when there is no such file. A last line that a kill cut off is dropped.
+
+        Raises: `RunError` naming a line that is something else.
+        """
         path = self / name
-        if not path.is_file():
+        if not path.exists():
             return []
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        values = []
-        for number, line in enumerate(lines[:-1], 1):
-            try:
-                values.append(json.loads(line))
-            except ValueError:
-                raise RunError(
-                    f"{path}:{number} is damaged", fix="delete this file and run again with --resume"
-                ) from None
+        values: list[dict[str, Any]] = []
+        try:
+            with files.open_regular(path) as file:
+                while (raw := file.readline(files.MAX_LINE)).endswith(b"\n"):
+                    if not isinstance(value := files.parse_json(raw.decode()), dict):
+                        raise ValueError
+                    values.append(value)
+            if len(raw) == files.MAX_LINE:
+                raise ValueError
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror}", fix="check what it is") from None
+        except ValueError:
+            raise RunError(
+                f"{path}:{len(values) + 1} is damaged", fix="delete this file and run again with --resume"
+            ) from None
         return values
+
+
+@contextlib.contextmanager
+def reading(folder: str | Path) -> Iterator[None]:
+    """Inside, what was read from a run's or a study's folder is made sense of; where it lacks what is needed, the files are
+    to blame, and not the program."""
+    try:
+        yield
+    except (CtxDistillError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever code meets that is given what it does not expect
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        where = f"{Path(frame.f_code.co_filename).name}:{line}"
+        raise RunError(
+            f"{folder} holds files that cannot be understood",
+            expected="files as this version of ctxdistill writes them",
+            found=f"{type(error).__name__}: {str(error)[:200]} ({where})",
+            fix="run it again; if nobody has changed these files, this is a bug: please report it with these lines",
+        ) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import http.client
 import json
 import os
 import shutil
@@ -29,7 +30,9 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ctxdistill.errors import ModelError, RunError
+from ctxdistill import files
+from ctxdistill.adapters import settings_of
+from ctxdistill.errors import ModelError, RunError, redact
 from ctxdistill.prompts import Message
 from ctxdistill.weights import loading, quiet_peft
 
@@ -85,6 +88,8 @@ class Transformers:
     def load(cls, folder: Path, prompt: dict[str, Any], template_kwargs: dict[str, Any]) -> Transformers:
         """Raises `ModelError` when transformers cannot load the folder."""
         is_adapter = (folder / "adapter_config.json").is_file()
+        if is_adapter:
+            settings_of(folder)
         kind = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
         with loading(str(folder)), quiet_peft():
             model = kind.from_pretrained(str(folder), dtype=torch.float32).eval()
@@ -141,7 +146,7 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/").removesuffix("/v1")
-        self.name = self.name or f"the server at {self.url}"
+        self.name = self.name or redact(f"the server at {self.url}")
         listed = self.call("/v1/models").get("data") or []
         self.model = self.model or (listed[0]["id"] if listed else "default")
 
@@ -151,11 +156,14 @@ class Endpoint:
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=600) as response:
-                return json.load(response)  # type: ignore[no-any-return]
+                raw = response.read(files.MAX_JSON + 1)
+            if len(raw) > files.MAX_JSON or not isinstance(answer := files.parse_json(raw.decode()), dict):
+                raise ValueError("its answer is no object, or larger than 256 MB")
+            return answer
         except urllib.error.HTTPError as error:
             found = f"{error.code} {error.read(300).decode(errors='replace')}"
             raise RunError(f"{self.name} refuses {path}", found=found) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             fix = "start the server, and give its address with --endpoint http://HOST:PORT"
             raise RunError(f"{self.name} does not answer", found=str(error), fix=fix) from None
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,9 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ctxdistill import files
 from ctxdistill.errors import RunError
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import disk_error, fingerprint, write_atomic
@@ -169,15 +171,26 @@ class TargetStore:
 
     def read(self, place: Place, name: str) -> torch.Tensor:
         """The rows of a tensor that belong to a key, [T, ...]."""
-        if self.opened is None or self.opened[0] != place.shard:
-            self.opened = None
-            path = self.folder / self.shards[place.shard].shard
-            if place.shard not in self.verified:
-                check_shard(self.folder, self.shards[place.shard])
-                self.verified.add(place.shard)
-            self.opened = (place.shard, safe_open(path, framework="pt"))
-        rows: torch.Tensor = self.opened[1].get_slice(name)[place.start : place.start + place.length]
+        shard = self.shards[place.shard]
+        try:
+            if self.opened is None or self.opened[0] != place.shard:
+                self.opened = None
+                if place.shard not in self.verified:
+                    check_shard(self.folder, shard)
+                    self.verified.add(place.shard)
+                self.opened = (place.shard, safe_open(self.folder / shard.shard, framework="pt"))
+            rows: torch.Tensor = self.opened[1].get_slice(name)[place.start : place.start + place.length]
+        except (SafetensorError, OSError, IndexError, TypeError) as error:  # whole, and yet not what the index says
+            raise self.wrong(shard, str(error)) from None
+        if len(rows) != place.length:
+            raise self.wrong(shard, f"{len(rows)} of {place.length} rows of {name}")
         return rows
+
+    def wrong(self, shard: Shard, found: str) -> RunError:
+        return RunError(
+            f"{self.folder / shard.shard} does not hold what {INDEX} says: {found}",
+            fix=f"delete {self.folder}; the targets will be made again",
+        )
 
     def add(self, targets: Sequence[Target]) -> None:
         """Write one shard of targets of one kind, then its line of the index; a kill in between leaves a shard that
@@ -250,13 +263,14 @@ def read_index(folder: Path, *, skip_damaged: bool = False) -> Iterator[Shard]:
         )
     if not (folder / INDEX).is_file():
         return
-    with open(folder / INDEX, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
+    with files.open_regular(folder / INDEX) as file:
+        for number in itertools.count(1):
+            line = file.readline(files.MAX_LINE)
+            if not line.endswith(b"\n") and len(line) < files.MAX_LINE:
                 return
             try:
-                yield checked(Shard(**json.loads(line)))
-            except (ValueError, TypeError) as error:
+                yield checked(Shard(**files.parse_json(line.decode())))
+            except (ValueError, TypeError, AttributeError) as error:
                 if not skip_damaged:
                     raise RunError(
                         f"{folder / INDEX}:{number} is damaged: {str(error)[:80]}",
@@ -265,10 +279,12 @@ def read_index(folder: Path, *, skip_damaged: bool = False) -> Iterator[Shard]:
 
 
 def checked(shard: Shard) -> Shard:
-    """Raises `ValueError` or `TypeError` for a line that no version has written, or that names a file elsewhere."""
-    if Path(shard.shard).name != shard.shard or len(shard.keys) != len(shard.lengths) or min(shard.lengths) < 0:
+    """Raises an error for a line that no version has written, or that names a file elsewhere."""
+    lengths = np.array(shard.lengths)
+    shapely = lengths.dtype.kind == "i" and lengths.shape == (len(shard.keys),) and lengths.min(initial=0) >= 0
+    named = Path(shard.shard).name == shard.shard and all(isinstance(t, str) for t in [shard.sha256, *shard.tensors])
+    if not shapely or not named or lengths.sum() >= 2**31 or len(packed(shard.keys)) != len(shard.keys):
         raise ValueError("not the line of a shard")
-    packed(shard.keys)
     return shard
 
 

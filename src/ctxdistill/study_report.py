@@ -15,7 +15,7 @@ from ctxdistill.analysis import analyse
 from ctxdistill.claims import p_text
 from ctxdistill.report import environment
 from ctxdistill.results import NO_VALUE, Data, cells, finite
-from ctxdistill.rundir import write_atomic
+from ctxdistill.rundir import reading, write_atomic
 
 TONES = {"yes": "good", "no": "bad", "not decidable": "none"}
 READINGS = {"above": ("▲", "good"), "below": ("▼", "bad"), "open": ("·", "none")}
@@ -49,9 +49,12 @@ def write_report(folder: str | Path, paper_csv: str | Path | None = None) -> Pat
     Raises: as `analysis.analyse`, and `RunError` when the files cannot be written.
     """
     folder = Path(folder)
-    view = _view(analyse(folder, paper_csv))
-    write_atomic(folder / "report.md", environment("md").get_template("study.md.j2").render(view))
-    write_atomic(folder / "report.html", environment("html").get_template("study.html.j2").render(view))
+    with reading(folder):
+        view = _view(analyse(folder, paper_csv))
+        text = environment("md").get_template("study.md.j2").render(view)
+        page = environment("html").get_template("study.html.j2").render(view)
+    write_atomic(folder / "report.md", text)
+    write_atomic(folder / "report.html", page)
     return folder / "report.html"
 
 

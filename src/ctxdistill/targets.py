@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ctxdistill.lm import LM, Prefix, common_prefix
+from ctxdistill.errors import ModelError
+from ctxdistill.lm import LM, Prefix, check_finite, common_prefix
 from ctxdistill.prompts import Pair, Prompter, join
 from ctxdistill.recipe import CompletionsSection, Recipe, TargetsSection
 from ctxdistill.rundir import Progress, fingerprint, no_progress
@@ -36,6 +37,8 @@ SHARED = 64
 """Tokens that rows must have in common, beyond what all have, to be labelled side by side."""
 FILLS = 4
 """A batch that is filled to this part at least is worth a shared document: reading it costs more than rows that are missing."""
+FLAT = 1e-6
+"""Logits that differ by less are the same."""
 TREE = 32
 """Tokens of a tree of labels that cost about as much as one more prompt in the batch."""
 
@@ -221,6 +224,7 @@ class Labelling:
                 prompts, ids = self._answers(prompts, ids)
         found = [i for i, c in enumerate(ids) if c]
         hidden = lm.hidden([join(prompts[i], ids[i]) for i in found], self.prefix) if found else []
+        check_teacher(lm, [jobs[i] for i in found], hidden)
         kept = {i: keep(lm, h, self.kind) for i, h in zip(found, hidden, strict=True)}
         return [Target(job.key, c, kept.get(i, {})) for i, (job, c) in enumerate(zip(jobs, ids, strict=True))]
 
@@ -268,6 +272,22 @@ def documents(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], 
     for place, i in enumerate(sorted(shared, key=lambda i: parts[i]), 1):
         number[i] = place
     return [(), *sorted(parts.values())], number[inverse]
+
+
+def check_teacher(lm: LM, jobs: Sequence[Job], hidden: Sequence[torch.Tensor]) -> None:
+    """Raise `ModelError` where the teacher's hidden states [T, d] of `jobs` are not finite, or say nothing: all next tokens
+    equally likely at the first position."""
+    for job, states in zip(jobs, hidden, strict=True):
+        check_finite(states, "the hidden states", [job.pair.id])
+    if jobs:
+        logits = lm.head(hidden[0][:1])  # [1, V]
+        if logits.max() - logits.min() < FLAT:
+            raise ModelError(
+                "the teacher finds all next tokens equally likely: there is nothing to learn from it",
+                expected="logits that differ",
+                found=f"{logits.shape[-1]:,} logits of {logits.max().item():g} in row {jobs[0].pair.id}",
+                fix="check the weights of the model: its output head or its last layers may be empty",
+            )
 
 
 def keep(lm: LM, hidden: torch.Tensor, kind: TargetsSection) -> dict[str, torch.Tensor]:

@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from ctxdistill import losses, trackers
+from ctxdistill import losses, sealed, trackers
 from ctxdistill.errors import TrainError
 from ctxdistill.lm import LM
 from ctxdistill.prompts import join
@@ -44,6 +42,8 @@ class Example:
 LOGITS = 2**22
 """Logits of a chunk of the loss on a CPU: 16 MB in fp32, which stay in its cache between the passes over them. An
 accelerator gets 16 times as many."""
+NOTHING = 1e-6
+"""A loss below this, in nats per token, leaves nothing to learn."""
 Source = Callable[[int], list[Example]]
 """What is learnt from at a step (counted from 0), where it is not the rows of `rows_of` as they are."""
 Stats = dict[str, torch.Tensor]
@@ -290,6 +290,8 @@ def train(
                 line["retain"] = retain / section.retain_weight
             log(line)
         progress(f"train (loss {total:.3f})", state.step, steps)
+        if state.step in (steps // 2, steps) and total > NOTHING:
+            check_effect(lm, batch[0], state.step)
         if validation and state.step % per_epoch == 0:
             validate(lm, validation, section, state, per_epoch, run if main else None, parameters, log)
         every, whole = section.checkpoint_every, section.round_steps or per_epoch
@@ -328,12 +330,18 @@ def validate(
     plain = (section.loss, section.temperature, section.ce_weight) == ("forward_kl", 1.0, 0.0)
     kl = loss if plain else mean_kl(lm, validation, section.batch_size)
     lm.training(True)
+    if not math.isfinite(loss):
+        raise TrainError(
+            f"step {state.step}: the loss of the held-out queries is {loss}",
+            expected="a finite number",
+            fix="lower train.lr; float16 weights overflow easily: use bfloat16 or float32",
+        )
     best = loss < state.best_loss
     if best:
         state.best_loss, state.best_step, state.stale_epochs = loss, state.step, 0
         if run:
             tensors = {n: p.detach().contiguous() for n, p in parameters.items()}
-            write_atomic(run / "checkpoints/best.safetensors", save(tensors))
+            write_atomic(run / "checkpoints/best.safetensors", sealed.save(tensors))
     else:
         state.stale_epochs += 1
         state.stopped = 0 < section.patience <= state.stale_epochs
@@ -363,6 +371,26 @@ def check_step(step: int, loss: float, norm: float, batch: Sequence[Example]) ->
         raise TrainError("step 1: no gradient reaches the adapter", expected="a gradient norm above 0", found="0")
 
 
+@torch.no_grad()
+def check_effect(lm: LM, example: Example, step: int) -> None:
+    """Raise `TrainError` when the student is the base model, bit by bit, after so many steps with something to learn."""
+    if lm.peft is None or lm.trains_head:
+        return
+    lm.training(False)
+    sides = []
+    for on in (True, False):
+        with lm.adapter(on):
+            sides.append(lm.hidden([join(example.prompt, example.target.ids)])[0])  # [T, d]
+    lm.training(True)
+    if torch.equal(*sides):
+        raise TrainError(
+            f"step {step}: the adapter has no effect",
+            expected="other answers than the base model's",
+            found=f"the same hidden states, bit by bit, in row {example.id}",
+            fix='raise train.lr; in 16-bit weights small updates vanish: use model.dtype = "float32"',
+        )
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
@@ -376,7 +404,7 @@ def checkpoint(
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value.contiguous()
     path = run / f"checkpoints/step-{state.step:08d}.safetensors"
-    write_atomic(path, save(tensors, metadata={"state": json.dumps(dataclasses.asdict(state))}))
+    write_atomic(path, sealed.save(tensors, json.dumps(dataclasses.asdict(state))))
     for old in sorted((run / "checkpoints").glob("step-*.safetensors"))[:-2]:
         old.unlink()
 
@@ -386,38 +414,38 @@ def restore(run: RunDir, parameters: dict[str, torch.nn.Parameter], optimizer: t
     paths = sorted((run / "checkpoints").glob("step-*.safetensors"))
     if not paths:
         return State()
-    with open_checkpoint(paths[-1]) as file:
-        state = State(**json.loads(file.metadata()["state"]))
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(file.get_tensor(f"adapter.{name}"))
-        moments: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {p: {} for p in parameters.values()}
-        for full in file.keys():  # noqa: SIM118 (not a dict)
-            key, _, name = full.partition(".")
-            if key != "adapter":
-                moments[parameters[name]][key] = file.get_tensor(full)
-        packed = optimizer.state_dict()
-        packed["state"] = dict(enumerate(moments.values()))
-        optimizer.load_state_dict(packed)
+    tensors, text = read_checkpoint(paths[-1])
+    state = State(**json.loads(text))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors.pop(f"adapter.{name}"))
+    moments: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {p: {} for p in parameters.values()}
+    for full, tensor in tensors.items():
+        key, _, name = full.partition(".")
+        moments[parameters[name]][key] = tensor
+    packed = optimizer.state_dict()
+    packed["state"] = dict(enumerate(moments.values()))
+    optimizer.load_state_dict(packed)
     return state
 
 
 def load_tensors(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
     """Copy the adapter in `path` into `parameters`."""
-    with open_checkpoint(path) as file, torch.no_grad():
+    tensors, _ = read_checkpoint(path)
+    with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(file.get_tensor(name))
+            parameter.copy_(tensors[name])
 
 
-def open_checkpoint(path: Path) -> Any:
-    """Raises `TrainError` naming a checkpoint that cannot be read, and what to delete: the best adapter cannot be had
-    again but by training again, a checkpoint has one before it."""
+def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """Tensors and text of a checkpoint. Raises `TrainError` naming one that is damaged, and what to delete: the best
+    adapter cannot be had again but by training again, a checkpoint has one before it."""
     damaged, again = (
         (path.parent, "train again") if path.name.startswith("best") else (path, "go on from the one before")
     )
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        return sealed.load(path)
+    except ValueError as error:
         raise TrainError(
             f"the checkpoint {path} is damaged: {error}", fix=f"delete {damaged} and {again} with --resume"
         ) from None

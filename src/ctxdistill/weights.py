@@ -16,23 +16,23 @@ import logging
 import os
 import re
 import shutil
-import struct
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ctxdistill.errors import ModelError, RunError
+from ctxdistill import files
+from ctxdistill.errors import CtxDistillError, ModelError, RunError
 from ctxdistill.recipe import ModelSection
 from ctxdistill.rundir import disk_error, fingerprint, write_atomic
 
+MOST_LAYERS = 1000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -130,23 +130,15 @@ def loading(name: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*generation flags.*")
             yield
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        ImportError,
-        RuntimeError,
-        AttributeError,
-        TypeError,
-        struct.error,
-        SafetensorError,
-    ) as error:
+    except CtxDistillError:
+        raise
+    except Exception as error:  # the libraries that read somebody's files raise what they like
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise disk_error(cache_dir(), error) from None
         raise ModelError(
             f"cannot load the model {name!r}",
             expected="a hub id, a local folder with config.json and safetensors, or a .gguf file",
-            found=str(error).strip().split("\n")[0][:300],
+            found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
             fix="check the name; without network access use a local folder or a .gguf file",
         ) from None
 
@@ -186,20 +178,44 @@ def locate(section: ModelSection, base_dir: Path, *, weights: bool = True) -> tu
         sha = file_sha256(path)
         return str(convert_gguf(path, sha)), sha
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) if weights else []
-        if weights and not files:
+        if odd := [p for p in sorted(path.iterdir()) if p.exists() and not (p.is_file() or p.is_dir())]:
+            raise ModelError(
+                f"{odd[0]} is {files.kind(odd[0])}", expected="files", fix="take it out of the model's folder"
+            )
+        found = sorted(path.glob("*.safetensors")) if weights else []
+        if weights and not found:
             raise ModelError(
                 f"no safetensors in {path}",
                 expected="*.safetensors (pickled weights are refused)",
                 found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
                 fix="save the model with save_pretrained, which writes safetensors",
             )
-        return str(path), hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest() if files else None
+        return str(path), hashlib.sha256("".join(map(file_sha256, found)).encode()).hexdigest() if found else None
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"no model folder at {path}", expected="a folder with config.json", fix="check model.name in the recipe"
         )
     return name, None
+
+
+def check_size(config: Any, weights: Sequence[Path], name: str) -> None:
+    """Raise `ModelError` where `config` asks for a model that the files of `weights` cannot hold, at a bit per parameter:
+    the rest would be made up, in any size."""
+    bits = 8 * sum(path.stat().st_size for path in weights)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    size = f"{layers:,} layers"
+    if layers <= MOST_LAYERS:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if parameters <= bits:
+            return
+        size = f"{parameters:,} parameters"
+    raise ModelError(
+        f"the weights of {name!r} are too few for its configuration",
+        expected=f"at most {MOST_LAYERS:,} layers, and at most a parameter for each of the {bits:,} bits of the weights",
+        found=f"a configuration of {size}",
+        fix="get the model again: its configuration or its weights are not what they were",
+    )
 
 
 def file_sha256(path: Path) -> str:
@@ -211,7 +227,7 @@ def file_sha256(path: Path) -> str:
         if re.fullmatch("[0-9a-f]{64}", known := memory.read_text()):
             return known
     try:
-        with open(path, "rb") as file:
+        with files.open_regular(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}", fix="check its permissions") from None
@@ -238,6 +254,7 @@ def convert_gguf(path: Path, sha: str) -> Path:
     try:
         with loading(str(path)):
             where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+            check_size(AutoConfig.from_pretrained(**where), [path], str(path))
             tokenizer = AutoTokenizer.from_pretrained(**where)
             read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             config = read.config

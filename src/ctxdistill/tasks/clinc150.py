@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from ctxdistill import files
 from ctxdistill.rows import Record
 from ctxdistill.tasks.source import Hub, Local, Source
 from ctxdistill.tasks.task import Pattern, Task
@@ -37,11 +37,11 @@ def _source(split: str, each: int, oos: int) -> Source:
     def read(path: Path, most: int, problems: list[str]) -> tuple[list[Record], int]:
         """The file is an object: split -> list of [text, intent]; the out-of-scope rows are splits of their own."""
         try:
-            pairs = json.loads(path.read_text(encoding="utf-8"))[split]
+            pairs = files.read_json(path)[split]
             records = [
                 (f"{path.name}:{split}:{i}", {"text": t, "label": label}) for i, (t, label) in enumerate(pairs, 1)
             ]
-        except (ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             problems.append(f"expected an object with {split!r}: [[text, intent], ...], found {error!r}")
             return [], 0
         return records[: most or None], len(records)
