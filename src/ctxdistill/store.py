@@ -255,8 +255,8 @@ def read_index(folder: Path, *, skip_damaged: bool = False) -> Iterator[Shard]:
             if not line.endswith(b"\n"):
                 return
             try:
-                yield checked(Shard(**json.loads(line)))
-            except (ValueError, TypeError) as error:
+                yield shard_of(line)
+            except (ValueError, TypeError, KeyError) as error:
                 if not skip_damaged:
                     raise RunError(
                         f"{folder / INDEX}:{number} is damaged: {str(error)[:80]}",
@@ -264,11 +264,14 @@ def read_index(folder: Path, *, skip_damaged: bool = False) -> Iterator[Shard]:
                     ) from None
 
 
-def checked(shard: Shard) -> Shard:
-    """Raises `ValueError` or `TypeError` for a line that no version has written, or that names a file elsewhere."""
-    if Path(shard.shard).name != shard.shard or len(shard.keys) != len(shard.lengths) or min(shard.lengths) < 0:
-        raise ValueError("not the line of a shard")
-    packed(shard.keys)
+def shard_of(line: bytes) -> Shard:
+    """What `line_of` wrote. Raises `ValueError`, `TypeError` or `KeyError` for a line that it has not written."""
+    found = json.loads(line)
+    if not isinstance(found, dict) or found.pop("check") != fingerprint(found):
+        raise ValueError("its checksum is another")
+    shard = Shard(**found)
+    if Path(shard.shard).name != shard.shard:
+        raise ValueError("it names a file elsewhere")
     return shard
 
 
@@ -294,8 +297,9 @@ def damage(folder: Path, shard: Shard) -> str:
 
 
 def line_of(shard: Shard) -> bytes:
-    """A shard's line of the index."""
-    return json.dumps(shard._asdict()).encode() + b"\n"
+    """A shard's line of the index, with a checksum of its own."""
+    found = shard._asdict()
+    return json.dumps({**found, "check": fingerprint(found)}).encode() + b"\n"
 
 
 def append_line(path: Path, line: bytes) -> None:
