@@ -24,7 +24,7 @@ from ctxdistill.errors import CtxDistillError, DataError, ModelError, RecipeErro
 from ctxdistill.grid import Study
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection, Recipe
-from ctxdistill.rundir import RunDir
+from ctxdistill.rundir import RunDir, fingerprint
 from ctxdistill.store import TargetStore
 from ctxdistill.train import read_checkpoint
 
@@ -266,16 +266,20 @@ def test_names_of_megabytes_are_not_repeated_in_messages(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "line",
     [
-        "null",
-        "[]",
-        "{}",
-        '{"shard": "../x", "sha256": "", "bytes": 1, "tensors": [], "keys": [], "lengths": []}',
-        '{"shard": "x", "sha256": "", "bytes": 1, "tensors": [], "keys": ["0"], "lengths": [1]}',
-        '{"shard": "x", "sha256": "", "bytes": 1, "tensors": [], "keys": [], "lengths": [[1]]}',
+        None,
+        [],
+        {},
+        {"shard": "../x", "keys": [], "lengths": []},
+        {"shard": "x", "keys": ["0"], "lengths": [1]},
+        {"shard": "x", "keys": ["00" * 16], "lengths": [-1]},
+        {"shard": "x", "keys": [], "lengths": [[1]]},
     ],
 )
-def test_an_index_of_targets_that_is_none(line: str, tmp_path: Path) -> None:
-    (tmp_path / "index.jsonl").write_text(line + "\n")
+def test_an_index_of_targets_that_is_none(line: Any, tmp_path: Path) -> None:
+    if line:
+        line = {"sha256": "", "bytes": 1, "tensors": [], **line}
+        line["check"] = fingerprint(line)
+    (tmp_path / "index.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(RunError, match=r"index.jsonl:1 is damaged"):
         TargetStore(tmp_path)
 

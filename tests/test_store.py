@@ -115,9 +115,11 @@ def test_damaged_and_strange_indexes_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "t"
     filled(folder)
     lines = (folder / INDEX).read_text().splitlines()
-    good = json.loads(lines[0])
-    for bad in ("{", "[]", '{"shard": 1}', json.dumps({**good, "shard": "../x"}), json.dumps({**good, "keys": ["x"]}),
-                json.dumps({**good, "lengths": [1]}), json.dumps({**good, "lengths": ["a"] * 4}), "null"):  # fmt: skip
+    good = store.shard_of(lines[0].encode())
+    elsewhere = store.line_of(good._replace(shard="../x")).decode()[:-1]
+    flipped = [lines[0].replace(good.keys[1], good.keys[2]), lines[0].replace("[0, 1, 2, 3]", "[0, 1, 3, 2]")]
+    assert lines[0] not in flipped
+    for bad in ("{", "[]", '{"shard": 1}', "null", "1", '{"check": ""}', "{}", elsewhere, *flipped):
         (folder / INDEX).write_text("\n".join([lines[1], bad, *lines[2:], ""]))
         with pytest.raises(RunError, match=r"index\.jsonl:2 is damaged"):
             TargetStore(folder)

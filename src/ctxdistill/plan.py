@@ -7,6 +7,7 @@ model; the model is afterwards as it was before; nothing is kept.
 
 from __future__ import annotations
 
+import heapq
 import tempfile
 import time
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ def measure(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> Speeds:
 def longest(recipe: Recipe, pairs: Sequence[Pair], targets: Sequence[Target]) -> list[Example]:
     """A batch as long as the run can have it: the longest prompts with the completions at hand."""
     size = min(recipe.train.micro_batch or recipe.train.batch_size, len(pairs) * recipe.completions.samples)
-    prompts = sorted((p.student for p in pairs for _ in range(recipe.completions.samples)), key=len)[-size:]
+    prompts = heapq.nlargest(size, (p.student for p in pairs for _ in range(recipe.completions.samples)), key=len)
     return [Example(str(i), prompt, targets[i % len(targets)]) for i, prompt in enumerate(prompts)]
 
 

@@ -269,8 +269,8 @@ def read_index(folder: Path, *, skip_damaged: bool = False) -> Iterator[Shard]:
             if not line.endswith(b"\n") and len(line) < files.MAX_LINE:
                 return
             try:
-                yield checked(Shard(**files.parse_json(line.decode())))
-            except (ValueError, TypeError, AttributeError) as error:
+                yield shard_of(line)
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
                 if not skip_damaged:
                     raise RunError(
                         f"{folder / INDEX}:{number} is damaged: {str(error)[:80]}",
@@ -278,8 +278,12 @@ def read_index(folder: Path, *, skip_damaged: bool = False) -> Iterator[Shard]:
                     ) from None
 
 
-def checked(shard: Shard) -> Shard:
-    """Raises an error for a line that no version has written, or that names a file elsewhere."""
+def shard_of(line: bytes) -> Shard:
+    """What `line_of` wrote. Raises an error for a line that it has not written, or that names a file elsewhere."""
+    found = files.parse_json(line.decode())
+    if not isinstance(found, dict) or found.pop("check") != fingerprint(found):
+        raise ValueError("its checksum is another")
+    shard = Shard(**found)
     lengths = np.array(shard.lengths)
     shapely = lengths.dtype.kind == "i" and lengths.shape == (len(shard.keys),) and lengths.min(initial=0) >= 0
     named = Path(shard.shard).name == shard.shard and all(isinstance(t, str) for t in [shard.sha256, *shard.tensors])
@@ -302,7 +306,7 @@ def check_shard(folder: Path, shard: Shard) -> None:
 def damage(folder: Path, shard: Shard) -> str:
     """What is there in the place of a shard; empty when it is whole."""
     try:
-        with open(folder / shard.shard, "rb") as file:
+        with files.open_regular(folder / shard.shard) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return error.strerror or str(error)
@@ -310,8 +314,9 @@ def damage(folder: Path, shard: Shard) -> str:
 
 
 def line_of(shard: Shard) -> bytes:
-    """A shard's line of the index."""
-    return json.dumps(shard._asdict()).encode() + b"\n"
+    """A shard's line of the index, with a checksum of its own."""
+    found = shard._asdict()
+    return json.dumps({**found, "check": fingerprint(found)}).encode() + b"\n"
 
 
 def append_line(path: Path, line: bytes) -> None:
