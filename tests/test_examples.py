@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 import tiny
 from ctxdistill import dataset
+from ctxdistill.evaluate import load_function
 from ctxdistill.prompts import Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.weights import load_tokenizer, packaged_gguf
@@ -27,7 +29,30 @@ def test_rows_are_read_and_apart(folder: Path) -> None:
 
 
 def test_there_are_some() -> None:
-    assert {p.name for p in FOLDERS} >= {"persona", "format"}
+    assert {p.name for p in FOLDERS} >= {"persona", "format", "tools"}
+
+
+def test_calls_of_tools_are_judged() -> None:
+    folder = Path(__file__).parents[1] / "examples/tools"
+    recipe = Recipe.load(folder / "recipe.toml")
+    valid, tool, call = (load_function(f"calls:{name}", recipe) for name in ("valid", "right_tool", "right_call"))
+    right = '{"tool": "light", "arguments": {"room": "hall", "on": true}}'
+    for answer, scores in (
+        (right, (1, 1, 1)),
+        ('{"arguments": {"on": true, "room": "hall"}, "tool": "light"}', (1, 1, 1)),
+        (right.replace("true", "1"), (1, 1, 0)),
+        (right.replace("light", "music"), (1, 0, 0)),
+        (f"Sure: {right}", (0, 0, 0)),
+        ('["light"]', (0, 0, 0)),
+        ('{"tool": "light"}', (0, 0, 0)),
+    ):
+        assert (valid(answer, right, {}), tool(answer, right, {}), call(answer, right, {})) == scores, answer
+    assert valid(right, None, {}) == 1 and tool(right, None, {}) is None and call("x", None, {}) is None
+    system = (folder / "system.txt").read_text()
+    for name in ("queries.jsonl", "heldout.jsonl", "demos.jsonl"):
+        for row in tiny.read_jsonl(folder / name):
+            assert valid(row["answer"], None, {}) == 1
+            assert f'"{json.loads(row["answer"])["tool"]}"' in system
 
 
 def test_the_format_rules_are_long() -> None:
