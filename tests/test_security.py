@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -147,6 +148,19 @@ def test_links_do_not_lead_out_of_a_run(name: str, finished: Path, tmp_path: Pat
     with pytest.raises(RunError):
         export.export(run.path, "peft")
     assert victim.read_text() == "mine" and not list(tmp_path.glob("*.tmp"))
+
+
+def test_links_that_lead_nowhere_and_links_inside_are_no_matter(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "here").symlink_to("there")
+    (tmp_path / "run" / "loop").symlink_to("loop")
+    run = RunDir(tmp_path / "run")
+    run.lock()
+    run.release()
+    (tmp_path / "run" / ".lock").unlink()
+    os.mkfifo(tmp_path / "run" / ".lock")  # nothing can be written into it
+    run.lock()
+    run.release()
 
 
 def test_a_log_that_is_a_link_is_not_written_to(tmp_path: Path) -> None:

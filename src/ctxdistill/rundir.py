@@ -128,20 +128,20 @@ class RunDir:
             raise RunError(
                 f"{self.path} is in use by process {holder}", fix="wait for it, or choose another --out"
             ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()} on {platform.node()}\n".encode(), 0)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the disk may be full; the lock holds without a name in it
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"{os.getpid()} on {platform.node()}\n".encode(), 0)
             for stray in self.path.glob("checkpoints/.*.tmp"):
                 stray.unlink(missing_ok=True)
 
     def refuse_links(self) -> None:
         """Raise `RunError` for a link in the folder that leads out of it: what is written there would be, too."""
-        whole = self.path.resolve()
+        whole = os.path.realpath(self.path)
         for link in self.path.iterdir():
-            if link.is_symlink() and not link.resolve().is_relative_to(whole):
+            if link.is_symlink() and not Path(target := os.path.realpath(link)).is_relative_to(whole):
                 raise RunError(
                     f"{link} is a link that leads out of the run folder",
-                    found=str(link.resolve()),
+                    found=target,
                     fix="put the files themselves there, or link the whole folder",
                 )
 
