@@ -159,7 +159,7 @@ class LM:
             "tokenizer_sha256": tokenizer_hash(tokenizer),
             "template_sha256": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
             "dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
+            "device": device.type,  # which of several changes nothing
             "architecture": type(model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
             "window": min(window_of(config), section.window or window_of(config)),

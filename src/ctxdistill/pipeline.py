@@ -22,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ctxdistill import evaluate as evaluation
-from ctxdistill import generic, groups, losses, synthesis, trackers
+from ctxdistill import generic, groups, losses, processes, synthesis, trackers
 from ctxdistill import plan as planning
 from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
@@ -39,8 +39,8 @@ from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress
 from ctxdistill.session import Piece, Session
 from ctxdistill.targets import TargetStore, label
-from ctxdistill.train import Example, train
-from ctxdistill.weights import load_tokenizer, packaged_gguf
+from ctxdistill.train import Example, State, train
+from ctxdistill.weights import load_tokenizer, packaged_gguf, pick_device
 
 log = logging.getLogger("ctxdistill")
 
@@ -66,62 +66,29 @@ def distill(
     Raises: `GateError` when there is nothing to teach (unless `gate.on_fail = "warn"`), and any other `CtxDistillError`.
     """
     progress = progress or no_progress
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError(
-            "a run is one process for now",
-            found=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
-            fix="start it without torchrun or accelerate launch",
-        )
     trackers.check(recipe.train.report_to)
+    processes.begin(pick_device(recipe.model.device))
     run = RunDir(out or Path("runs") / (recipe.name or "run"))
-    lm, prompter, rows = prepare(recipe, run.path, progress)
+    lm, prompter, rows = processes.first(lambda: prepare(recipe, run.path, progress))
     manifest = describe(recipe, lm, prompter, rows)
-    run.claim(manifest["fingerprint"], resume=resume)
+    processes.first(lambda: take(run, manifest, resume))
     try:
-        run.write_json("recipe.json", manifest)
         log.info("loss: %s = %s", recipe.train.loss, losses.LOSSES[recipe.train.loss].formula)
-        store = TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else run / "targets")
-
-        with timed(run, "gate"):
-            verdict = run_gate(recipe, lm, prompter, rows, store, run, progress)
-        if verdict["verdict"] != "teach" and recipe.gate.on_fail == "stop":
-            raise GateError(
-                "the gate found nothing to teach: " + "; ".join(verdict["reasons"]),
-                fix='change the context or the queries, or go on all the same with gate.on_fail="warn"',
-            )
-        with timed(run, "label"):
-            judged = Counter[str]()
-            examples, validation = (
-                make_examples(recipe, lm, prompter, rows.pairs[split], store, progress, judged)
-                for split in ("train", "validation")
-            )
-            retained = keep_examples(recipe, lm, prompter, store)
-        save_prompts(run, prompter, rows, [*examples, *validation])
-
+        taught = processes.first(lambda: teach(recipe, lm, prompter, rows, run, progress))
         lm.add_adapter(recipe.lora, recipe.train.seed, common_prefix([p.teacher for p in rows.pairs["train"]]))
         with timed(run, "train"):
             source = None
             if recipe.train.on_policy:
-                source = Rounds(lm, prompter, rows.pairs["train"], examples, recipe, run, progress=progress)
+                source = Rounds(lm, prompter, rows.pairs["train"], taught.examples, recipe, run, progress=progress)
             state = train(
-                lm, examples, validation, recipe.train, run, source=source, retained=retained, progress=progress
-            )
-        save_adapter(lm, run)
-
-        with timed(run, "evaluate"):
-            result = measure(recipe, lm, prompter, rows, store, run, ["distilled"], progress)
-        result["parts"] = groups.tables(prompter, rows, scores_of(run), examples)
-        result |= {"gate": verdict, "training": summary(recipe, lm, prompter, run, state, examples)}
-        seconds, tokens = spent(recipe, lm, run, examples, result)
-        result |= {
-            "cost": cost(recipe, result["table"], seconds, tokens),
-            "notes": [*notes(lm, prompter, rows, examples, recipe, state), *acceptance(judged)],
-            "completions": dict(judged),
-        }
-        run.write_json("evaluation.json", result)
-        reports.write_card(run.path)
-        reports.write_report(run.path)
-        return Run(run.path, result)
+                lm, taught.examples, taught.validation, recipe.train, run,
+                source=source, retained=taught.retained, progress=progress,
+            )  # fmt: skip
+        if processes.leads():
+            save_adapter(lm, run)
+            conclude(recipe, lm, prompter, rows, run, taught, state, progress)
+        processes.wait()
+        return Run(run.path, run.read_json("evaluation.json"))
     finally:
         run.release()
 
@@ -173,7 +140,7 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
     folder.claim(describe(recipe, lm, prompter, rows)["fingerprint"], resume=True)
     try:
         lm.load_adapter(folder / "adapter")
-        store = TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else folder / "targets")
+        store = store_of(recipe, folder)
         result = measure(recipe, lm, prompter, rows, store, folder, list(evaluation.ARMS), progress or no_progress)
         result |= {key: old[key] for key in ("gate", "training", "notes", "completions") if key in old}
         made = make_examples(recipe, lm, prompter, rows.pairs["train"], store, no_progress)  # from the store
@@ -243,6 +210,83 @@ def demo(out: str | Path | None = None, *, small: bool = False, progress: Progre
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What the teacher says, and the gate of it."""
+
+    verdict: dict[str, Any]
+    examples: list[Example]
+    validation: list[Example]
+    retained: list[Example]
+    judged: Counter[str]
+    """What became of the completions."""
+
+
+def take(run: RunDir, manifest: dict[str, Any], resume: bool) -> None:
+    """Make the run folder that of the first process; the others see whether it is there for them, too."""
+    if processes.leads():
+        run.claim(manifest["fingerprint"], resume=resume)
+        run.write_json("recipe.json", manifest)
+    else:
+        run.join(manifest["fingerprint"])
+
+
+def teach(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data, run: RunDir, progress: Progress) -> Taught:
+    """Pass the gate, and label the rows, or read the labels where they are made. Raises: `GateError`."""
+    store = store_of(recipe, run)
+    verdict: dict[str, Any] = {}
+    if processes.leads():
+        with timed(run, "gate"):
+            verdict = run_gate(recipe, lm, prompter, rows, store, run, progress)
+        if verdict["verdict"] != "teach" and recipe.gate.on_fail == "stop":
+            raise GateError(
+                "the gate found nothing to teach: " + "; ".join(verdict["reasons"]),
+                fix='change the context or the queries, or go on all the same with gate.on_fail="warn"',
+            )
+    with timed(run, "label"):
+        judged = Counter[str]()
+        examples, validation = (
+            make_examples(recipe, lm, prompter, rows.pairs[split], store, progress, judged)
+            for split in ("train", "validation")
+        )
+        retained = keep_examples(recipe, lm, prompter, store)
+    if processes.leads():
+        save_prompts(run, prompter, rows, [*examples, *validation])
+    return Taught(verdict, examples, validation, retained, judged)
+
+
+def conclude(
+    recipe: Recipe,
+    lm: LM,
+    prompter: Prompter,
+    rows: Data,
+    run: RunDir,
+    taught: Taught,
+    state: State,
+    progress: Progress,
+) -> None:
+    """Evaluate the student, and write what came out."""
+    with timed(run, "evaluate"):
+        result = measure(recipe, lm, prompter, rows, store_of(recipe, run), run, ["distilled"], progress)
+    examples = taught.examples
+    result["parts"] = groups.tables(prompter, rows, scores_of(run), examples)
+    result |= {"gate": taught.verdict, "training": summary(recipe, lm, prompter, run, state, examples)}
+    seconds, tokens = spent(recipe, lm, run, examples, result)
+    result |= {
+        "cost": cost(recipe, result["table"], seconds, tokens),
+        "notes": [*notes(lm, prompter, rows, examples, recipe, state), *acceptance(taught.judged)],
+        "completions": dict(taught.judged),
+    }
+    run.write_json("evaluation.json", result)
+    reports.write_card(run.path)
+    reports.write_report(run.path)
+
+
+def store_of(recipe: Recipe, run: RunDir) -> TargetStore:
+    """Where the teacher's targets are kept."""
+    return TargetStore(recipe.path(recipe.targets.dir) if recipe.targets.dir else run / "targets")
 
 
 def run_gate(
