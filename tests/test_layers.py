@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
 ORDER = """
 errors < losses, stats, generic, similar, chunks, answers, processes < recipe < rows < conversations < tasks, formats < rundir,
-endpoint < draws, arms < grid < weights, packing, fused, adapters, trackers < lm < prompts < synthesis < targets < teachers, train <
-policy < evaluate < dataset < groups < accounts, behaviour < crosstalk < compose, plan, session < retention < cells < results,
+endpoint < draws, arms < grid < weights, packing, fused, adapters, trackers < lm < prompts < synthesis < targets < teachers, engines,
+train < policy < evaluate < dataset < groups < accounts, behaviour < crosstalk < compose, plan, session < retention < cells < results,
 plots < claims < analysis < report, gguf_export < export, runtimes < check < study_report, compare < pipeline < study,
 playground < display < cli < docs
 """

@@ -21,8 +21,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ctxdistill import engines, generic, groups, losses, processes, synthesis, trackers
 from ctxdistill import evaluate as evaluation
-from ctxdistill import generic, groups, losses, processes, synthesis, trackers
 from ctxdistill import plan as planning
 from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
@@ -38,7 +38,7 @@ from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress
 from ctxdistill.session import Piece, Session
-from ctxdistill.targets import TargetStore, label
+from ctxdistill.targets import Ask, TargetStore, label
 from ctxdistill.train import Example, State, train
 from ctxdistill.weights import load_tokenizer, packaged_gguf, pick_device
 
@@ -143,7 +143,8 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
         store = store_of(recipe, folder)
         result = measure(recipe, lm, prompter, rows, store, folder, list(evaluation.ARMS), progress or no_progress)
         result |= {key: old[key] for key in ("gate", "training", "notes", "completions") if key in old}
-        made = make_examples(recipe, lm, prompter, rows.pairs["train"], store, no_progress)  # from the store
+        ask = engines.labeller(recipe, lm, prompter, folder)
+        made = make_examples(recipe, lm, prompter, rows.pairs["train"], store, no_progress, ask=ask)  # from the store
         result["parts"] = groups.tables(prompter, rows, scores_of(folder), made)
         result["cost"] = cost(recipe, result["table"], old["cost"]["seconds"], old["cost"]["training_tokens"])
         folder.write_json("evaluation.json", result)
@@ -246,9 +247,9 @@ def teach(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data, run: RunDir, p
                 fix='change the context or the queries, or go on all the same with gate.on_fail="warn"',
             )
     with timed(run, "label"):
-        judged = Counter[str]()
+        judged, ask = Counter[str](), engines.labeller(recipe, lm, prompter, run)
         examples, validation = (
-            make_examples(recipe, lm, prompter, rows.pairs[split], store, progress, judged)
+            make_examples(recipe, lm, prompter, rows.pairs[split], store, progress, judged, ask)
             for split in ("train", "validation")
         )
         retained = keep_examples(recipe, lm, prompter, store)
@@ -276,7 +277,7 @@ def conclude(
     seconds, tokens = spent(recipe, lm, run, examples, result)
     result |= {
         "cost": cost(recipe, result["table"], seconds, tokens),
-        "notes": [*notes(lm, prompter, rows, examples, recipe, state), *acceptance(taught.judged)],
+        "notes": [*notes(lm, prompter, rows, examples, recipe, state), *acceptance(taught.judged), *engines.notes(run)],
         "completions": dict(taught.judged),
     }
     run.write_json("evaluation.json", result)
@@ -330,6 +331,7 @@ def make_examples(
     store: TargetStore,
     progress: Progress,
     judged: Counter[str] | None = None,
+    ask: Ask | None = None,
 ) -> list[Example]:
     """Ask the teacher about the queries; an `Example` for each completion that is accepted. `judged` counts the fates.
 
@@ -338,7 +340,7 @@ def make_examples(
     if not pairs:
         return []
     judged = Counter() if judged is None else judged
-    made = label(lm, prompter, pairs, recipe, store, progress=progress)
+    made = label(lm, prompter, pairs, recipe, store, ask=ask, progress=progress)
     checker = recipe.completions.checker
     check = evaluation.load_function(checker, recipe, "completions.checker") if checker else None
     examples = []

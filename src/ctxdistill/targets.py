@@ -17,10 +17,10 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
@@ -38,6 +38,8 @@ SHARED = 64
 """Tokens that rows must have in common, beyond what all have, to be labelled side by side."""
 FILLS = 4
 """A batch that is filled to this part at least is worth a shared document: reading it costs more than rows that are missing."""
+FLIGHTS = 8
+"""Rows of a shard from somebody else, in units of what they are asked at once: the last ones of a shard fly alone."""
 TREE = 32
 """Tokens of a tree of labels that cost about as much as one more prompt in the batch."""
 
@@ -115,6 +117,17 @@ class Job:
     """The completion, where it is given; None where the teacher writes it or chooses a label."""
 
 
+class Ask(Protocol):
+    """Somebody else than the local model who labels."""
+
+    identity: list[Any]
+    """What its targets depend on beside the local model."""
+    at_once: int
+
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[Target]:
+        """The targets of `jobs` in any order, none for what it cannot tell."""
+
+
 def label(
     lm: LM,
     prompter: Prompter,
@@ -127,6 +140,7 @@ def label(
     written: Sequence[tuple[int, ...]] | None = None,
     prefix: Prefix | None = None,
     whole: bool = False,
+    ask: Ask | None = None,
     progress: Progress = no_progress,
     stage: str = "teacher",
 ) -> list[list[Target]]:
@@ -139,6 +153,7 @@ def label(
             rows' answers (`completions.source = "data"`).
         prefix: what all teacher prompts start with, if it has been read already.
         whole: take all of a completion in which no answer was found.
+        ask: who labels in the place of the local model, which takes what they cannot tell.
     """
     completions, kind = completions or recipe.completions, kind or recipe.targets
     decisive = completions.model_dump(exclude={"checker"})
@@ -152,6 +167,8 @@ def label(
             kind.k if kind.kind == "topk" else 0,
         ]
     )
+    if ask:
+        base = fingerprint([base, ask.identity])
     if completions.source == "label":
         base = fingerprint([base, prompter.labels])
     seed = recipe.train.seed if completions.temperature > 0 else 0
@@ -166,25 +183,51 @@ def label(
     group = documents([job.pair.teacher for job in jobs])
     order = sorted(range(len(jobs)), key=lambda i: (group[i], len(jobs[i].pair.teacher), jobs[i].key))
     size, count = kind.batch_size, Counter(group)
+    if ask:
+        size = max(size, FLIGHTS * ask.at_once)
     # a document with rows for a good part of a batch has batches of its own, for all of which it is read once; to write
     # answers, every row of other batches reads its document itself
     own = [part if FILLS * count[part] >= size else () for part in group]
     alike = [list(found) for _, found in itertools.groupby(sorted(order, key=lambda i: own[i]), key=lambda i: own[i])]
     chunks = [found[i : i + size] for found in alike for i in range(0, len(found), size)]
     todo = [[jobs[i] for i in chunk if jobs[i].key not in store] for chunk in chunks]
+    done = 0
+
+    def say(more: int) -> None:
+        progress(stage, done + more, len(jobs))
+
     with torch.no_grad(), lm.adapter(False):
         known, read = prefix, None
         for number, batch in enumerate(todo):
-            if known is None and batch and (part := own[chunks[number][0]]) != read:
+            if ask and batch:
+                batch = asked(ask, batch, store, say)
+            elif known is None and batch and (part := own[chunks[number][0]]) != read:
                 # What all rows of this part start with, also when some are done: its length must not depend on what is left.
                 rows = [job.pair.teacher for job, mine in zip(jobs, own, strict=True) if mine == part or not part]
                 prefix, read = lm.prefix(rows), part
-            if batch:
-                store.add(_label_batch(lm, prompter, batch, completions, kind, seed, prefix, whole))
-            progress(stage, sum(map(len, chunks[: number + 1])), len(jobs))
+            for i in range(0, len(batch), kind.batch_size):
+                store.add(
+                    _label_batch(lm, prompter, batch[i : i + kind.batch_size], completions, kind, seed, prefix, whole)
+                )
+            done += len(chunks[number])
+            say(0)
     made = [store[job.key] for job in jobs]
     n = completions.samples
     return [made[i : i + n] for i in range(0, len(made), n)]
+
+
+def asked(ask: Ask, jobs: Sequence[Job], store: TargetStore, count: Callable[[int], None]) -> list[Job]:
+    """Keep what is told of `jobs`, also when it ends half-way; returns those that are not told. `count` is called with the
+    number of targets so far."""
+    told = dict[str, Target]()
+    try:
+        for target in ask(jobs):
+            told[target.key] = target
+            count(len(told))
+    finally:
+        if told:
+            store.add([told[job.key] for job in jobs if job.key in told])
+    return [job for job in jobs if job.key not in told]
 
 
 def documents(prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
