@@ -255,18 +255,20 @@ class Labeller:
 
     def __call__(self, jobs: Sequence[Job]) -> Iterator[Target]:
         """See `targets.Ask`. Raises: `ModelError` when the engine says something that cannot be, or fails the self-test."""
-        engine, left = self._engine, 0
-        if engine is None:
-            engine = self._engine = self._start()
-            tested = list(self._targets(jobs[:ROWS]))
-            self._test(engine, tested)
+        told, done = 0, 0
+        if self._engine is None:
+            self._engine, tested = self._start(), list[tuple[Job, Target]]()
+            while len(tested) < ROWS and done < len(jobs):  # some may not be told
+                some = jobs[done : done + ROWS - len(tested)]
+                tested += self._targets(some)
+                done += len(some)
+            self._test(self._engine, tested)
             yield from (target for _, target in tested)
-            left, jobs = len(jobs[:ROWS]) - len(tested), jobs[ROWS:]
-        told = 0
-        for _, target in self._targets(jobs):
+            told = len(tested)
+        for _, target in self._targets(jobs[done:]):
             told += 1
             yield target
-        if left := left + len(jobs) - told:
+        if left := len(jobs) - told:
             self._record["left"] = self._record.get("left", 0) + left
             self.run.write_json(RECORD, self._record)
 
@@ -347,7 +349,12 @@ class Labeller:
                 where = f"after {t} tokens of row {job.pair.id}, for {token!r}"
                 found.append((nats, float(values[t, 0]), float(own[t, 0]), where))
         mean, (_, there, here, where) = sum(f[0] for f in found) / len(found), max(found)
-        self._record |= {"engine": engine.name, "rows": len(tested), "tokens": len(found), "kl": mean}
+        self._record |= {
+            "engine": engine.name,
+            "rows": len(tested),
+            "tokens": len(found),
+            "kl": 0.0 if mean < 0 else mean,
+        }
         if not mean <= self.section.tolerance:
             raise ModelError(
                 f"{engine.name} does not say what the local teacher says: KL {mean:.4g} nats per token, "
