@@ -76,6 +76,8 @@ def distill(
         log.info("loss: %s = %s", recipe.train.loss, losses.LOSSES[recipe.train.loss].formula)
         taught = processes.first(lambda: teach(recipe, lm, prompter, rows, run, progress))
         lm.add_adapter(recipe.lora, recipe.train.seed, common_prefix([p.teacher for p in rows.pairs["train"]]))
+        if recipe.train.shard:
+            lm.shard()
         with timed(run, "train"):
             source = None
             if recipe.train.on_policy:
@@ -86,6 +88,8 @@ def distill(
             )  # fmt: skip
         if processes.leads():
             save_adapter(lm, run)
+            if recipe.train.shard:
+                lm = whole(lm, recipe)
             conclude(recipe, lm, prompter, rows, run, taught, state, progress)
         processes.wait()
         return Run(run.path, run.read_json("evaluation.json"))
@@ -256,6 +260,19 @@ def teach(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data, run: RunDir, p
     if processes.leads():
         save_prompts(run, prompter, rows, [*examples, *validation])
     return Taught(verdict, examples, validation, retained, judged)
+
+
+def whole(lm: LM, recipe: Recipe) -> LM:
+    """The student with the base loaded again, for this process alone: `lm` is shared out."""
+    if processes.count() == 1:
+        return lm
+    student = LM.load(recipe.model, recipe.base_dir)
+    student.add_adapter(recipe.lora, recipe.train.seed)
+    for name, parameter in student.trainable().items():
+        parameter.data.copy_(lm.trainable()[name])
+    student.training(False)
+    student.notes = lm.notes
+    return student
 
 
 def conclude(

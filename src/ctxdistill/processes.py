@@ -9,7 +9,7 @@ anything, and torch is not imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,6 +26,11 @@ REFUSED = {
         "DeepSpeed",
         "ZeRO-3 keeps the weights in pieces, and the teacher (the same weights without the adapter) reads them outside of "
         "its engine; of what ZeRO-1 and -2 share out, optimizer state and gradients, an adapter has next to nothing",
+    ),
+    "ACCELERATE_USE_FSDP": (
+        "accelerate's FSDP",
+        "it wraps the whole model, and the teacher (the same weights without the adapter) reads the head outside of it; "
+        "train.shard = true has FSDP2 share out the frozen blocks",
     ),
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "the adapter is PEFT's, on the layers of transformers"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("accelerate's parallelism config", "processes share the rows, nothing else"),
@@ -71,6 +76,19 @@ def begin(device: torch.device) -> None:
     if not dist.is_initialized():
         # small things go over gloo also where gradients do not, so that to wait costs a GPU nothing
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+
+
+def shard(blocks: Sequence[torch.nn.Module], device: torch.device) -> None:
+    """Leave each process its part of the frozen weights of `blocks`; FSDP2 brings a block together while it is computed.
+    What is trained stays whole in each process. From then on all processes must come to every forward pass."""
+    if count() == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (count(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if p.requires_grad})
 
 
 def wait() -> None:

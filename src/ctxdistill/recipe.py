@@ -346,6 +346,9 @@ class TrainSection(Section):
     """Stop after this many epochs without a better validation loss; 0 never stops early."""
     checkpoint_every: NotNegative = 20
     """Steps between checkpoints, from which `--resume` goes on; 0 keeps none."""
+    shard: bool = False
+    """With several processes: each keeps a part of the frozen blocks while it trains (FSDP2), which makes room for
+    activations. Labelling and evaluation need the whole model on one device all the same."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
     """Trackers that also get what `metrics.jsonl` holds. They stay on this machine, in the run folder's `tracking/`, unless
     their own variables say otherwise (`WANDB_MODE`, `MLFLOW_TRACKING_URI`). Each needs its package."""
@@ -636,6 +639,11 @@ class Recipe(Section):
         if self.train.on_policy and self.train.ce_weight:
             problems.append(
                 "train.ce_weight would teach the student its own completions where train.on_policy is above 0; drop one"
+            )
+        if self.train.on_policy and self.train.shard:
+            problems.append(
+                "train.shard: completions of the student's (train.on_policy) are written by the first process alone, which "
+                "then holds only a part of the weights; drop one"
             )
         if not self.train.on_policy and (self.train.on_policy_ramp or self.train.round_steps):
             problems.append("train.on_policy_ramp and train.round_steps need train.on_policy above 0")

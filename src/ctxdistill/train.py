@@ -167,13 +167,22 @@ class Step(torch.nn.Module):
         return DistributedDataParallel(cls(lm), find_unused_parameters=any(".experts." in n for n in lm.trainable()))
 
 
+def shares(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    """This process's share of `rows` in batches of at most `size`: as many batches in every process, the last maybe empty,
+    since where the weights are shared out all processes must come to every forward pass."""
+    mine, most = rows[processes.rank() :: processes.count()], -(-len(rows) // processes.count())
+    return [mine[i : i + size] for i in range(0, most, size)]
+
+
 @torch.no_grad()
 def mean_loss(lm: LM, examples: Sequence[Example], section: TrainSection) -> float:
     """Mean loss per supervised token, in nats. Of several processes each takes its share, and all must come here."""
-    size, mine = section.batch_size, examples[processes.rank() :: processes.count()]
-    sums = [batch_loss(lm, mine[i : i + size], section).item() for i in range(0, len(mine), size)]
-    total = processes.total(torch.tensor(sum(sums), dtype=torch.float64))
-    return total.item() / sum(len(e.target.ids) for e in examples)
+    total = 0.0
+    for rows in shares(examples, section.batch_size):
+        loss = batch_loss(lm, rows or examples[:1], section).item()
+        total += loss if rows else 0.0
+    of_all = processes.total(torch.tensor(total, dtype=torch.float64)).item()
+    return of_all / sum(len(e.target.ids) for e in examples)
 
 
 def mean_kl(lm: LM, examples: Sequence[Example], batch_size: int) -> float:
@@ -309,13 +318,11 @@ def train(
 
 def backward(model: torch.nn.Module, parts: Sequence[Part]) -> Stats:
     """Leave the gradient of a step on the trained weights, that of all processes together; returns the sums for the log."""
-    rank, world = processes.rank(), processes.count()
-    sums, todo = Stats(), list[Part]()
+    world, sums, todo = processes.count(), Stats(), list[Part]()
     for rows, divisor, how, name in parts:
-        mine, micro = rows[rank::world], how.micro_batch or len(rows)
-        todo += [Part(mine[i : i + micro], divisor, how, name) for i in range(0, len(mine), micro)]
-    if not todo:  # fewer rows than processes: takes part all the same, with a weight of 0
-        todo = [Part(parts[0].rows[:1], math.inf, parts[0].how, "")]
+        for micro in shares(rows, how.micro_batch or len(rows)):
+            # without rows it takes part all the same, with a weight of 0
+            todo.append(Part(micro, divisor, how, name) if micro else Part(rows[:1], math.inf, how, ""))
     for number, (rows, divisor, how, name) in enumerate(todo, 1):
         last = number == len(todo)
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
