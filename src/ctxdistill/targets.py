@@ -191,10 +191,13 @@ def label(
     alike = [list(found) for _, found in itertools.groupby(sorted(order, key=lambda i: own[i]), key=lambda i: own[i])]
     chunks = [found[i : i + size] for found in alike for i in range(0, len(found), size)]
     todo = [[jobs[i] for i in chunk if jobs[i].key not in store] for chunk in chunks]
-    done = 0
+    done, said = 0, -1
 
     def say(more: int) -> None:
-        progress(stage, done + more, len(jobs))
+        nonlocal said
+        if said != done + more:
+            said = done + more
+            progress(stage, said, len(jobs))
 
     with torch.no_grad(), lm.adapter(False):
         known, read = prefix, None
