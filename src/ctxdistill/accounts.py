@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from ctxdistill import processes
 from ctxdistill.dataset import Data
 from ctxdistill.lm import LM
 from ctxdistill.policy import rounds
@@ -137,7 +138,8 @@ def timed(run: RunDir, stage: str) -> Iterator[None]:
     """Keep the wall time of a stage; what a killed process had spent is not counted."""
     started = time.perf_counter()
     yield
-    run.append("timings.jsonl", {"stage": stage, "seconds": time.perf_counter() - started})
+    if processes.leads():
+        run.append("timings.jsonl", {"stage": stage, "seconds": time.perf_counter() - started})
 
 
 # -- counted, not timed -----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ctxdistill import __version__, display, trust
+from ctxdistill import __version__, display, processes, trust
 from ctxdistill.errors import CtxDistillError, RunError, redact
 from ctxdistill.rundir import RunDir, write_atomic
 
@@ -98,7 +98,7 @@ def demo(
     """
     folder = out or Path("runs") / ("demo-small" if small else "demo")
     again = _again("demo", *(["--small"] if small else []), *(["--out", str(out)] if out else []))
-    with _work(as_json, f"stopped; go on with: {again}") as watcher:
+    with _work(as_json, f"stopped; go on with: {again}", alone=False) as watcher:
         from ctxdistill import pipeline
 
         run = pipeline.demo(folder, small=small, progress=watcher)
@@ -253,7 +253,8 @@ def distill(
 ) -> None:
     """Distil the recipe's context into a LoRA adapter, and measure and report what came out.
 
-    The gate runs first and stops when there is nothing to teach, unless gate.on_fail=warn.
+    The gate runs first and stops when there is nothing to teach, unless gate.on_fail=warn. On several devices:
+    torchrun --nproc-per-node 4 -m ctxdistill distill ..., or accelerate launch.
 
     Example: ctxdistill distill support.toml train.epochs=2 --out runs/support
     """
@@ -262,7 +263,7 @@ def distill(
     loaded = Recipe.load(recipe, overrides or ())
     folder = out or Path("runs") / (loaded.name or "run")
     again = _again("distill", str(recipe), *(overrides or ()), "--out", str(folder), "--resume")
-    with _work(as_json, f"stopped; go on with: {again}") as watcher:
+    with _work(as_json, f"stopped; go on with: {again}", alone=False) as watcher:
         from ctxdistill import pipeline
 
         run = pipeline.distill(loaded, folder, resume=resume, progress=watcher)
@@ -588,8 +589,17 @@ def _say_page(page: Path, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _work(as_json: bool, stopped: str = "stopped", first: str = LOADING) -> Iterator[display.Watcher]:
-    """Something long: progress on stderr, nothing of others on stdout beside the JSON, and a word after Ctrl-C or SIGTERM."""
+def _work(
+    as_json: bool, stopped: str = "stopped", first: str = LOADING, *, alone: bool = True
+) -> Iterator[display.Watcher]:
+    """Something long: progress on stderr, nothing of others on stdout beside the JSON, and a word after Ctrl-C or SIGTERM. `alone`:
+    not for several processes."""
+    if alone and processes.count() > 1:
+        raise RunError(
+            "only `distill` and `demo` run in several processes",
+            found=f"{processes.count()} processes",
+            fix="start this command without torchrun or accelerate launch",
+        )
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_terminable())
@@ -650,6 +660,27 @@ def _known(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _run(arguments: Sequence[str]) -> int:
+    """The command. Of several processes the first one prints, and of those that fail the first to do so."""
+    streams = sys.stdout, sys.stderr
+    if not processes.leads():
+        _mute()
+    try:
+        return typer.main.get_command(app).main(args=arguments, prog_name="ctxdistill", standalone_mode=False) or 0
+    except BaseException:
+        sys.stdout, sys.stderr = streams
+        if processes.count() > 1:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal and the launcher may each send one
+            if not processes.may_speak():
+                _mute()
+        raise
+
+
+def _mute() -> None:
+    """Print nothing until the process ends."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Prints every error, and raises none."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -657,7 +688,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end a run
     try:
-        code = typer.main.get_command(app).main(args=given, prog_name="ctxdistill", standalone_mode=False) or 0
+        code = _run(given)
         found = {"kind": "Interrupted", "message": "stopped"} if code == 130 else None
     except CtxDistillError as error:
         code, found = 2, display.error_dict(error)

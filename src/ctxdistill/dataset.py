@@ -181,7 +181,11 @@ def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str
     values = recipe.to_dict()
     # What changes no result may change between two attempts at one run, such as gate.on_fail after the gate said no.
     decisive = {name: value for name, value in values.items() if name not in {"name", "gate", "cost", "behaviour"}}
-    decisive["train"] = {name: value for name, value in values["train"].items() if name != "report_to"}
+    # who labels matters, not how they are reached
+    decisive.pop("teacher")
+    if recipe.teacher.engine != "local":
+        decisive["teacher"] = [recipe.teacher.engine, recipe.teacher.endpoint_model]
+    decisive["train"] = {name: value for name, value in values["train"].items() if name not in {"report_to", "shard"}}
     counts = {name: value for name, value in rows.counts.items() if name != "written"}
     written = rows.counts.get("written") or {}
     identity = [written["sha256"], written["held_out_by"]] if written else []

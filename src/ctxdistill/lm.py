@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from ctxdistill import files
+from ctxdistill import files, processes
 from ctxdistill.adapters import encoder_of, settings_of, strengthened
 from ctxdistill.errors import FitError, ModelError
 from ctxdistill.fused import fuse
@@ -171,7 +171,7 @@ class LM:
             "tokenizer_sha256": tokenizer_hash(tokenizer),
             "template_sha256": hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
             "dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
+            "device": device.type,  # which of several changes nothing
             "architecture": type(model).__name__,
             "parameters": sum(map(weights_in, model.parameters())),
             "window": min(window_of(config), section.window or window_of(config)),
@@ -579,6 +579,11 @@ class LM:
                     parameter.grad = None
             self.training(False)
 
+    def shard(self) -> None:
+        """Share the frozen blocks out among the processes, to train; a shared-out model is of no use to one of them."""
+        blocks = [block for name in block_lists(self.model) for block in self.model.get_submodule(name)]
+        processes.shard(blocks, self.device)
+
     def training(self, on: bool) -> None:
         """Switch dropout on or off, where there is any."""
         (self.peft or self.model).train(on)
@@ -626,13 +631,19 @@ def common_prefix(sequences: Iterable[Sequence[int]]) -> list[int]:
     return list(low[:n])
 
 
-def linear_layers(model: Any) -> tuple[list[str], set[str]]:
-    """Full names of the linear layers inside the transformer blocks, and their last name parts."""
-    blocks = [
+def block_lists(model: Any) -> list[str]:
+    """Names of the lists of transformer blocks."""
+    count = model.config.get_text_config().num_hidden_layers
+    return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == model.config.get_text_config().num_hidden_layers
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
     ]
+
+
+def linear_layers(model: Any) -> tuple[list[str], set[str]]:
+    """Full names of the linear layers inside the transformer blocks, and their last name parts."""
+    blocks = block_lists(model)
     inside = [
         name
         for name, module in model.named_modules()

@@ -22,8 +22,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ctxdistill import engines, generic, groups, losses, processes, programs, sandbox, synthesis, trackers
 from ctxdistill import evaluate as evaluation
-from ctxdistill import generic, groups, losses, programs, sandbox, synthesis, trackers
 from ctxdistill import plan as planning
 from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
@@ -42,9 +42,9 @@ from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress, reading
 from ctxdistill.session import Piece, Session
 from ctxdistill.spool import Lazy
 from ctxdistill.store import TargetStore
-from ctxdistill.targets import Labelling, label
-from ctxdistill.train import Example, train
-from ctxdistill.weights import load_tokenizer, packaged_gguf
+from ctxdistill.targets import Ask, Labelling, label
+from ctxdistill.train import Example, State, train
+from ctxdistill.weights import load_tokenizer, packaged_gguf, pick_device
 
 log = logging.getLogger("ctxdistill")
 
@@ -70,64 +70,35 @@ def distill(
     Raises: `GateError` when there is nothing to teach (unless `gate.on_fail = "warn"`), and any other `CtxDistillError`.
     """
     progress = progress or no_progress
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError(
-            "a run is one process for now",
-            found=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
-            fix="start it without torchrun or accelerate launch",
-        )
     trackers.check(recipe.train.report_to)
+    processes.begin(pick_device(recipe.model.device))
     run = RunDir(out or Path("runs") / (recipe.name or "run"))
-    if run.path.exists() or recipe.queries.synthesize:  # who has it is said before anything is loaded, or written there
-        run.lock()
+    if processes.leads() and (run.path.exists() or recipe.queries.synthesize):
+        run.lock()  # who has it is said before anything is loaded, or written there
     try:
-        lm, prompter, rows = prepare(recipe, run.path, progress)
+        lm, prompter, rows = processes.first(lambda: prepare(recipe, run.path, progress))
         manifest = describe(recipe, lm, prompter, rows)
-        run.claim(manifest["fingerprint"], resume=resume)
-        run.write_json("recipe.json", manifest)
+        processes.first(lambda: take(run, manifest, resume))
         log.info("loss: %s = %s", recipe.train.loss, losses.LOSSES[recipe.train.loss].formula)
-        store = TargetStore.of(recipe, run.path)
-
-        with timed(run, "gate"):
-            verdict = run_gate(recipe, lm, prompter, rows, store, run, progress)
-        if verdict["verdict"] != "teach" and recipe.gate.on_fail == "stop":
-            raise GateError(
-                "the gate found nothing to teach: " + "; ".join(verdict["reasons"]),
-                fix='change the context or the queries, or go on all the same with gate.on_fail="warn"',
-            )
-        with timed(run, "label"):
-            judged = Counter[str]()
-            examples, validation = (
-                make_examples(recipe, lm, prompter, rows.pairs[split], store, progress, judged)
-                for split in ("train", "validation")
-            )
-            retained = keep_examples(recipe, lm, prompter, store)
-        save_prompts(run, prompter, rows, [examples, validation])
-
+        taught = processes.first(lambda: teach(recipe, lm, prompter, rows, run, progress))
         lm.add_adapter(recipe.lora, recipe.train.seed, common_prefix(p.teacher for p in rows.pairs["train"]))
+        if recipe.train.shard:
+            lm.shard()
         with timed(run, "train"):
             source = None
             if recipe.train.on_policy:
-                source = Rounds(lm, prompter, rows.pairs["train"], examples, recipe, run, progress=progress)
+                source = Rounds(lm, prompter, rows.pairs["train"], taught.examples, recipe, run, progress=progress)
             state = train(
-                lm, examples, validation, recipe.train, run, source=source, retained=retained, progress=progress
-            )
-        save_adapter(lm, run)
-
-        with timed(run, "evaluate"):
-            result = measure(recipe, lm, prompter, rows, store, run, ["distilled"], progress)
-        result["parts"] = groups.tables(prompter, rows, scores_of(run), examples)
-        result |= {"gate": verdict, "training": summary(recipe, lm, prompter, run, state, examples)}
-        seconds, tokens = spent(recipe, lm, run, examples, result)
-        result |= {
-            "cost": cost(recipe, result["table"], seconds, tokens),
-            "notes": [*notes(lm, prompter, rows, examples, recipe, state), *acceptance(judged), *ran(recipe, result)],
-            "completions": dict(judged),
-        }
-        run.write_json("evaluation.json", result)
-        reports.write_card(run.path)
-        reports.write_report(run.path)
-        return Run(run.path, result)
+                lm, taught.examples, taught.validation, recipe.train, run,
+                source=source, retained=taught.retained, progress=progress,
+            )  # fmt: skip
+        if processes.leads():
+            save_adapter(lm, run)
+            if recipe.train.shard:
+                lm = whole(lm, recipe)
+            conclude(recipe, lm, prompter, rows, run, taught, state, progress)
+        processes.wait()
+        return Run(run.path, run.read_json("evaluation.json"))
     finally:
         run.release()
 
@@ -144,6 +115,13 @@ def label_rows(
     Returns: `run` and `targets` (folders), `rows` and `made` (completions in all, and those that were missing).
     """
     progress = progress or no_progress
+    if ray and recipe.teacher.engine != "local":
+        raise RecipeError(
+            "a cluster labels with the local model of each worker",
+            expected='teacher.engine = "local"',
+            found=recipe.teacher.engine,
+            fix="leave --ray out: the engine may have as many machines as it likes",
+        )
     run = RunDir(out or Path("runs") / (recipe.name or "run"))
     lm, prompter, rows = prepare(recipe, run.path, progress)
     manifest = describe(recipe, lm, prompter, rows)
@@ -151,7 +129,10 @@ def label_rows(
     try:
         run.write_json("recipe.json", manifest)
         store = TargetStore.of(recipe, run.path)
-        works = {split: Labelling(lm, prompter, rows.pairs[split], recipe) for split in ("train", "validation")}
+        ask = engines.labeller(recipe, lm, prompter, run)
+        works = {
+            split: Labelling(lm, prompter, rows.pairs[split], recipe, ask=ask) for split in ("train", "validation")
+        }
         there = len(store)
         with timed(run, "label"):
             for work in works.values():
@@ -219,7 +200,8 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
         store = TargetStore.of(recipe, folder.path)
         result = measure(recipe, lm, prompter, rows, store, folder, list(evaluation.ARMS), progress or no_progress)
         result |= {key: old[key] for key in ("gate", "training", "notes", "completions") if key in old}
-        made = make_examples(recipe, lm, prompter, rows.pairs["train"], store, no_progress)  # from the store
+        ask = engines.labeller(recipe, lm, prompter, folder)
+        made = make_examples(recipe, lm, prompter, rows.pairs["train"], store, no_progress, ask=ask)  # from the store
         result["parts"] = groups.tables(prompter, rows, scores_of(folder), made)
         result["cost"] = cost(recipe, result["table"], *spent_before)
         folder.write_json("evaluation.json", result)
@@ -290,6 +272,96 @@ def demo(out: str | Path | None = None, *, small: bool = False, progress: Progre
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Taught:
+    """What the teacher says, and the gate of it."""
+
+    verdict: dict[str, Any]
+    examples: Sequence[Example]
+    validation: Sequence[Example]
+    retained: Sequence[Example]
+    judged: Counter[str]
+    """What became of the completions."""
+
+
+def take(run: RunDir, manifest: dict[str, Any], resume: bool) -> None:
+    """Make the run folder that of the first process; the others see whether it is there for them, too."""
+    if processes.leads():
+        run.claim(manifest["fingerprint"], resume=resume)
+        run.write_json("recipe.json", manifest)
+    else:
+        run.join(manifest["fingerprint"])
+
+
+def teach(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data, run: RunDir, progress: Progress) -> Taught:
+    """Pass the gate, and label the rows, or read the labels where they are made. Raises: `GateError`."""
+    store = TargetStore.of(recipe, run.path)
+    verdict: dict[str, Any] = {}
+    if processes.leads():
+        with timed(run, "gate"):
+            verdict = run_gate(recipe, lm, prompter, rows, store, run, progress)
+        if verdict["verdict"] != "teach" and recipe.gate.on_fail == "stop":
+            raise GateError(
+                "the gate found nothing to teach: " + "; ".join(verdict["reasons"]),
+                fix='change the context or the queries, or go on all the same with gate.on_fail="warn"',
+            )
+    with timed(run, "label"):
+        judged, ask = Counter[str](), engines.labeller(recipe, lm, prompter, run)
+        examples, validation = (
+            make_examples(recipe, lm, prompter, rows.pairs[split], store, progress, judged, ask)
+            for split in ("train", "validation")
+        )
+        retained = keep_examples(recipe, lm, prompter, store)
+    if processes.leads():
+        save_prompts(run, prompter, rows, [examples, validation])
+    return Taught(verdict, examples, validation, retained, judged)
+
+
+def whole(lm: LM, recipe: Recipe) -> LM:
+    """The student with the base loaded again, for this process alone: `lm` is shared out."""
+    if processes.count() == 1:
+        return lm
+    student = LM.load(recipe.model, recipe.base_dir)
+    student.add_adapter(recipe.lora, recipe.train.seed)
+    for name, parameter in student.trainable().items():
+        parameter.data.copy_(lm.trainable()[name])
+    student.training(False)
+    student.notes = lm.notes
+    return student
+
+
+def conclude(
+    recipe: Recipe,
+    lm: LM,
+    prompter: Prompter,
+    rows: Data,
+    run: RunDir,
+    taught: Taught,
+    state: State,
+    progress: Progress,
+) -> None:
+    """Evaluate the student, and write what came out."""
+    with timed(run, "evaluate"):
+        result = measure(recipe, lm, prompter, rows, TargetStore.of(recipe, run.path), run, ["distilled"], progress)
+    examples = taught.examples
+    result["parts"] = groups.tables(prompter, rows, scores_of(run), examples)
+    result |= {"gate": taught.verdict, "training": summary(recipe, lm, prompter, run, state, examples)}
+    seconds, tokens = spent(recipe, lm, run, examples, result)
+    result |= {
+        "cost": cost(recipe, result["table"], seconds, tokens),
+        "notes": [
+            *notes(lm, prompter, rows, examples, recipe, state),
+            *acceptance(taught.judged),
+            *ran(recipe, result),
+            *engines.notes(run),
+        ],
+        "completions": dict(taught.judged),
+    }
+    run.write_json("evaluation.json", result)
+    reports.write_card(run.path)
+    reports.write_report(run.path)
+
+
 def run_gate(
     recipe: Recipe,
     lm: LM,
@@ -331,6 +403,7 @@ def make_examples(
     store: TargetStore,
     progress: Progress,
     judged: Counter[str] | None = None,
+    ask: Ask | None = None,
 ) -> Sequence[Example]:
     """Ask the teacher about the queries; an `Example` for each completion that is accepted. `judged` counts the fates.
 
@@ -339,7 +412,7 @@ def make_examples(
     if not pairs:
         return []
     judged = Counter() if judged is None else judged
-    made = label(lm, prompter, pairs, recipe, store, progress=progress)
+    made = label(lm, prompter, pairs, recipe, store, ask=ask, progress=progress)
     checker = recipe.completions.checker
     check = evaluation.load_function(checker, recipe, "completions.checker") if checker else None
     accepted, samples = array("Q"), recipe.completions.samples

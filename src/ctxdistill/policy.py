@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ctxdistill import processes
 from ctxdistill.errors import RunError, TrainError
 from ctxdistill.lm import LM, Prefix
 from ctxdistill.prompts import Pair, Prompter
@@ -94,7 +95,8 @@ class Rounds:
         collapsed."""
         number = step // self.length
         if number != self.number:
-            self.batches, self.number = self._round(number, begins=step % self.length == 0), number
+            self.batches = processes.first(lambda: self._round(number, begins=step % self.length == 0))
+            self.number = number
         return self.batches[step]
 
     def _round(self, number: int, *, begins: bool) -> dict[int, list[Example]]:
@@ -106,7 +108,7 @@ class Rounds:
         batches: dict[int, list[Example]] = {step: [] for step in steps}
         for place, item in enumerate(items):
             batches[item.step].append(made.get(place) or self.examples[item.row])
-        if begins:  # a round that is resumed in its middle has its line already
+        if begins and processes.leads():  # a round that is resumed in its middle has its line already
             line = {"event": "round", "step": steps.start + 1, "round": number + 1, "rows": len(items)}
             line |= self._judged(list(made.values()))
             self.run.append("metrics.jsonl", line | {"seconds": time.perf_counter() - started})

@@ -259,6 +259,32 @@ class TargetsSection(Section):
     repeatable."""
 
 
+class TeacherSection(Section):
+    """Who labels the training rows, in the place of the local model: a faster engine with the same weights. Gate, evaluation
+    and training stay with the local model, with which the engine is compared before anything is trained."""
+
+    engine: Literal["local", "server", "vllm"] = "local"
+    """`local`: the model itself. `server`: an OpenAI-compatible server that takes and tells token ids, such as vLLM or
+    llama.cpp's. `vllm`: vLLM in this process (needs the package `vllm`). The last two need `targets.kind = "topk"`."""
+    endpoint: str | None = None
+    """`server`: its base URL, such as `http://localhost:8000/v1`."""
+    endpoint_model: str | None = None
+    """`server`: the model's name there."""
+    key_variable: str | None = None
+    """Name of the environment variable that holds the server's API key. The key itself never goes into a recipe."""
+    at_once: Positive = 16
+    """Most requests (`vllm`: sequences) under way together."""
+    retries: NotNegative = 5
+    """How often a request is tried again, after 1, 2, 4, ... seconds or what the server says."""
+    timeout: AboveZero = 300.0
+    """Seconds to wait for an answer."""
+    tolerance: AboveZero = 0.01
+    """Largest mean KL(engine || local teacher), in nats per token, on the first four rows. Other kernels and batches are
+    good for 0.001; quantised activations for some 0.01; other weights for much more."""
+    memory: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """`vllm`: its share of the GPU's memory. The local model needs the rest."""
+
+
 class LoraSection(Section):
     """The student's adapter."""
 
@@ -329,6 +355,9 @@ class TrainSection(Section):
     """Stop after this many epochs without a better validation loss; 0 never stops early."""
     checkpoint_every: NotNegative = 20
     """Steps between checkpoints, from which `--resume` goes on; 0 keeps none."""
+    shard: bool = False
+    """With several processes: each keeps a part of the frozen blocks while it trains (FSDP2), which makes room for
+    activations. Labelling and evaluation need the whole model on one device all the same."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
     """Trackers that also get what `metrics.jsonl` holds. They stay on this machine, in the run folder's `tracking/`, unless
     their own variables say otherwise (`WANDB_MODE`, `MLFLOW_TRACKING_URI`). Each needs its package."""
@@ -427,6 +456,7 @@ class Recipe(Section):
     synthesis: SynthesisSection = SynthesisSection()
     completions: CompletionsSection = CompletionsSection()
     targets: TargetsSection = TargetsSection()
+    teacher: TeacherSection = TeacherSection()
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
@@ -483,6 +513,7 @@ class Recipe(Section):
         problems = [*self._context(), *self._prompt(), *self._written(), *self._training(), *self._evaluation()]
         if written := self.written():
             problems += outside(written, self.base_dir, Path.cwd())
+        problems += self._engine()
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -536,15 +567,36 @@ class Recipe(Section):
             problems.append(
                 f"queries.synthesize writes one text per row and no answer, so it excludes {', '.join(other)}"
             )
-        if bool(s.endpoint) != bool(s.endpoint_model):
-            problems.append("synthesis.endpoint and synthesis.endpoint_model belong together; one is missing")
-        if s.endpoint and not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s?#]*)?", s.endpoint):
+        return problems + server_problems("synthesis", s.endpoint, s.endpoint_model, s.key_variable)
+
+    def _engine(self) -> list[str]:
+        t = self.teacher
+        default = TeacherSection(engine=t.engine)
+        used = {
+            "local": set(),
+            "vllm": {"at_once", "tolerance", "memory"},
+            "server": set(type(t).model_fields) - {"memory"},
+        }
+        problems = [
+            f'teacher.{key} has no effect with teacher.engine = "{t.engine}"'
+            for key in type(t).model_fields
+            if key not in used[t.engine] and getattr(t, key) != getattr(default, key)
+        ]
+        if t.engine == "local":
+            return problems
+        if t.engine == "server" and not (t.endpoint or t.endpoint_model):
+            problems.append('teacher.engine = "server" needs teacher.endpoint and teacher.endpoint_model')
+        if self.targets.kind != "topk":
+            problems.append(f'teacher.engine = "{t.engine}" tells the likeliest tokens: it needs targets.kind = "topk"')
+        if self.completions.source == "label":
             problems.append(
-                f"synthesis.endpoint: expected http(s)://host/path without user name and query, found {s.endpoint!r}"
+                f'teacher.engine = "{t.engine}" does not choose labels: completions.source = "teacher" or "data"'
             )
-        if s.key_variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", s.key_variable):
-            problems.append("synthesis.key_variable: expected the name of an environment variable, not a key")
-        return problems
+        if self.completions.extract:
+            problems.append(
+                f'completions.extract asks the teacher twice about a row, which teacher.engine = "{t.engine}" does not do'
+            )
+        return problems + server_problems("teacher", t.endpoint, t.endpoint_model, t.key_variable)
 
     def _prompt(self) -> list[str]:
         c, p, problems = self.context, self.prompt, list[str]()
@@ -621,6 +673,11 @@ class Recipe(Section):
             problems.append(
                 "train.ce_weight would teach the student its own completions where train.on_policy is above 0; drop one"
             )
+        if self.train.on_policy and self.train.shard:
+            problems.append(
+                "train.shard: completions of the student's (train.on_policy) are written by the first process alone, which "
+                "then holds only a part of the weights; drop one"
+            )
         if not self.train.on_policy and (self.train.on_policy_ramp or self.train.round_steps):
             problems.append("train.on_policy_ramp and train.round_steps need train.on_policy above 0")
         if not self.completions.supervise_end and self.train.on_policy:
@@ -678,6 +735,20 @@ class Recipe(Section):
                     f"eval.metrics: unknown metric {metric!r}{nearest(metric, known)}; or give module:function"
                 )
         return problems
+
+
+def server_problems(section: str, endpoint: str | None, model: str | None, key_variable: str | None) -> list[str]:
+    """What is wrong with how a `section` names a server."""
+    problems = list[str]()
+    if bool(endpoint) != bool(model):
+        problems.append(f"{section}.endpoint and {section}.endpoint_model belong together; one is missing")
+    if endpoint and not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s?#]*)?", endpoint):
+        problems.append(
+            f"{section}.endpoint: expected http(s)://host/path without user name and query, found {endpoint!r}"
+        )
+    if key_variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key_variable):
+        problems.append(f"{section}.key_variable: expected the name of an environment variable, not a key")
+    return problems
 
 
 def fields_of(pattern: str) -> set[str]:

@@ -111,6 +111,17 @@ class RunDir:
             self.release()
             raise
 
+    def join(self, identity: str) -> None:
+        """Read a folder that another process of the same run has claimed. Raises: `RunError` when it is not here."""
+        stored = self.read_json("recipe.json").get("fingerprint") if (self / "recipe.json").is_file() else None
+        if stored != identity:
+            raise RunError(
+                f"the processes of the run do not have the same {self.path}, or not the same model, data and versions",
+                expected=f"the folder of the first process, with recipe fingerprint {identity}",
+                found=f"{stored}",
+                fix="put run folder, recipe and data where all machines see them; install the same versions everywhere",
+            )
+
     def lock(self) -> None:
         """Make the folder this process's. Raises: `RunError` when another process holds it, or it cannot be made."""
         try:

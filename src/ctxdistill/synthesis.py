@@ -244,8 +244,9 @@ def write_queries(
     writer: Writer
     if s.endpoint and s.endpoint_model:
         writer = Endpoint(
-            s.endpoint, s.endpoint_model, s.key_variable, s.temperature, s.max_new_tokens, s.retries, s.timeout
-        )
+            s.endpoint, s.endpoint_model, s.key_variable, s.retries, s.timeout,
+            temperature=s.temperature, max_new_tokens=s.max_new_tokens,
+        )  # fmt: skip
     elif lm is None:
         raise RuntimeError("a local writer needs the model")  # a bug, not the user's
     else:

@@ -12,13 +12,14 @@ vocabulary before selection, so that 1 - sum is the tail mass.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ FILLS = 4
 """A batch that is filled to this part at least is worth a shared document: reading it costs more than rows that are missing."""
 FLAT = 1e-6
 """Logits that differ by less are the same."""
+FLIGHTS = 8
+"""Rows of a shard from somebody else, in units of what they are asked at once: the last ones of a shard fly alone."""
 TREE = 32
 """Tokens of a tree of labels that cost about as much as one more prompt in the batch."""
 
@@ -53,6 +56,17 @@ class Job:
     """The completion, where it is given; None where the teacher writes it or chooses a label."""
 
 
+class Ask(Protocol):
+    """Somebody else than the local model who labels."""
+
+    identity: list[Any]
+    """What its targets depend on beside the local model."""
+    at_once: int
+
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[Target]:
+        """The targets of `jobs` in any order, none for what it cannot tell."""
+
+
 def label(
     lm: LM,
     prompter: Prompter,
@@ -65,17 +79,28 @@ def label(
     written: Sequence[tuple[int, ...]] | None = None,
     prefix: Prefix | None = None,
     whole: bool = False,
+    ask: Ask | None = None,
     progress: Progress = no_progress,
     stage: str = "teacher",
 ) -> Sequence[list[Target]]:
     """Targets for every pair: `completions.samples` of them each, in the order of `pairs`. A target without ids stands for
     a completion in which `completions.extract` found no answer. See `Labelling` for the arguments."""
     work = Labelling(
-        lm, prompter, pairs, recipe, completions=completions, kind=kind, written=written, prefix=prefix, whole=whole
+        lm,
+        prompter,
+        pairs,
+        recipe,
+        completions=completions,
+        kind=kind,
+        written=written,
+        prefix=prefix,
+        whole=whole,
+        ask=ask,
     )
     store.note_used(work.keys)  # before, so that nobody drops the first ones while the last ones are labelled
-    for done in work.run(store):
-        progress(stage, done, len(work.keys))
+    with contextlib.closing(work.run(store)) as labelling:  # closed at once after an error, which keeps what was told
+        for done in labelling:
+            progress(stage, done, len(work.keys))
     return work.targets(store)
 
 
@@ -89,6 +114,7 @@ class Labelling:
             rows' answers (`completions.source = "data"`).
         prefix: what all teacher prompts start with, if it has been read already.
         whole: take all of a completion in which no answer was found.
+        ask: who labels in the place of the local model, which takes what they cannot tell.
     """
 
     def __init__(
@@ -103,10 +129,11 @@ class Labelling:
         written: Sequence[tuple[int, ...]] | None = None,
         prefix: Prefix | None = None,
         whole: bool = False,
+        ask: Ask | None = None,
     ) -> None:
         self.lm, self.prompter, self.pairs, self.written, self.whole = lm, prompter, pairs, written, whole
         self.completions, self.kind = completions or recipe.completions, kind or recipe.targets
-        self.prefix, self.given = prefix, prefix is not None
+        self.prefix, self.given, self.ask = prefix, prefix is not None, ask
         self.read: int | None = None  # the part whose start `prefix` is
         self.base = self._base()
         self.seed = recipe.train.seed if self.completions.temperature > 0 else 0
@@ -125,7 +152,7 @@ class Labelling:
         order = np.lexsort((self.keys, np.frombuffer(lengths, dtype=np.int32), part))
         self.order = order[np.argsort(self.own[order], kind="stable")]  # [N]
         ends = np.flatnonzero(np.diff(self.own[self.order], append=-1)) + 1  # of the batches that share a document
-        size = self.kind.batch_size
+        size = max(self.kind.batch_size, FLIGHTS * ask.at_once) if ask else self.kind.batch_size
         self.batches = [
             (first, min(first + size, end))
             for start, end in itertools.pairwise([0, *ends.tolist()])
@@ -145,6 +172,8 @@ class Labelling:
                 kind.k if kind.kind == "topk" else 0,
             ]
         )
+        if self.ask:
+            base = fingerprint([base, self.ask.identity])
         return fingerprint([base, self.prompter.labels]) if c.source == "label" else base
 
     def _given(self, i: int, pair: Pair) -> tuple[int, ...] | None:
@@ -171,16 +200,32 @@ class Labelling:
         """The completions of a batch that are not in the store."""
         return [n for n in self.order[slice(*self.batches[batch])].tolist() if self.key(n) not in store]
 
-    def run(self, store: TargetStore, batches: Iterable[int] | None = None) -> Iterator[int]:
-        """Label what is missing in `batches` (all of them), a shard each; after each, the number of completions behind it."""
+    def run(self, store: TargetStore, batches: Iterable[int] | None = None) -> Generator[int]:
+        """Label what is missing in `batches` (all of them), a shard each; now and then, the number of completions behind it."""
+        size = self.kind.batch_size
         for batch in range(len(self.batches)) if batches is None else batches:
             first, end = self.batches[batch]
-            if todo := self.missing(batch, store):
-                with torch.no_grad(), self.lm.adapter(False):
+            todo = [self.job(n) for n in self.missing(batch, store)]
+            if todo and self.ask:
+                todo = yield from self._asked(todo, store, first)
+            with torch.no_grad(), self.lm.adapter(False):
+                for i in range(0, len(todo), size):
                     self._prefix(int(self.own[self.order[first]]))
-                    jobs = [self.job(n) for n in todo]
-                    store.add(self._label(jobs))
+                    store.add(self._label(todo[i : i + size]))
             yield end
+
+    def _asked(self, jobs: Sequence[Job], store: TargetStore, behind: int) -> Generator[int, None, list[Job]]:
+        """Keep what `ask` tells of `jobs`, also when it ends half-way; returns those of which it tells nothing."""
+        assert self.ask
+        told = dict[str, Target]()
+        try:
+            for target in self.ask(jobs):
+                told[target.key] = target
+                yield behind + len(told)
+        finally:
+            if told:
+                store.add([told[job.key] for job in jobs if job.key in told])
+        return [job for job in jobs if job.key not in told]
 
     def _prefix(self, part: int) -> None:
         """Read what the rows of a part start with, also when some are done: its length must not depend on what is left."""

@@ -4,10 +4,12 @@ In: (student prompt, target) examples and the model with a fresh adapter. Out: t
 per step in `metrics.jsonl`, checkpoints. Invariants: the loss is a sum over supervised tokens divided by the global
 number of supervised tokens of the step, so the gradient does not depend on micro-batches or processes; everything drawn
 at a step depends only on the seed and the step, so a checkpoint needs no random state and a resumed run has the same bits.
+Of several processes each learns from its share of a step's rows, and the first alone writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,11 +19,12 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from ctxdistill import losses, sealed, trackers
+from ctxdistill import losses, processes, sealed, trackers
 from ctxdistill.errors import TrainError
 from ctxdistill.lm import LM
 from ctxdistill.prompts import join
@@ -48,6 +51,21 @@ Source = Callable[[int], list[Example]]
 """What is learnt from at a step (counted from 0), where it is not the rows of `rows_of` as they are."""
 Stats = dict[str, torch.Tensor]
 """Sums over the positions of a step, by name."""
+
+
+SUMS = ("loss", "retain", "kl", "reverse_kl", "jsd", "forward_kl", "ce", "teacher_entropy", "student_entropy")
+"""All names that `Stats` may have."""
+
+
+class Part(NamedTuple):
+    """Rows of a step."""
+
+    rows: Sequence[Example]
+    divisor: float
+    """Of the sum of their losses."""
+    how: TrainSection
+    name: str
+    """Of the sum in the log."""
 
 
 @dataclass
@@ -128,16 +146,46 @@ def batch_loss(lm: LM, batch: Sequence[Example], section: TrainSection, stats: S
     return total
 
 
+class Step(torch.nn.Module):
+    """`batch_loss` as a module that has the trained weights for parameters, which is what DDP wants: it sums the gradients
+    over all processes while the last backward pass of a step is still going on."""
+
+    loss: Callable[..., torch.Tensor]
+
+    def __init__(self, lm: LM) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList(lm.trainable().values())
+        self.loss = lambda *given: batch_loss(lm, *given)  # the frozen weights are nobody's business
+
+    def forward(self, rows: Sequence[Example], section: TrainSection, stats: Stats | None) -> torch.Tensor:
+        return self.loss(rows, section, stats)
+
+    @classmethod
+    def of_all(cls, lm: LM) -> torch.nn.Module:
+        """For this process, or for all of them: then its gradients are the means over processes."""
+        if processes.count() == 1:
+            return cls(lm)
+        # an expert that no token of a step was sent to has no gradient
+        return DistributedDataParallel(cls(lm), find_unused_parameters=any(".experts." in n for n in lm.trainable()))
+
+
+def shares(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    """This process's share of `rows` in batches of at most `size`: as many batches in every process, the last maybe empty,
+    since where the weights are shared out all processes must come to every forward pass."""
+    mine, most = rows[processes.rank() :: processes.count()], -(-len(rows) // processes.count())
+    return [mine[i : i + size] for i in range(0, most, size)]
+
+
 @torch.no_grad()
 def mean_loss(lm: LM, examples: Sequence[Example], section: TrainSection) -> float:
-    """Mean loss per supervised token, in nats."""
-    size = section.batch_size
-    total, tokens = 0.0, 0
-    for i in range(0, len(examples), size):
-        batch = examples[i : i + size]
-        total += batch_loss(lm, batch, section).item()
-        tokens += sum(len(e.target.ids) for e in batch)
-    return total / tokens
+    """Mean loss per supervised token, in nats. Of several processes each takes its share, and all must come here."""
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
+    for rows in shares(examples, section.batch_size):
+        loss = batch_loss(lm, rows or examples[:1], section).item()
+        if rows:
+            sums += torch.tensor([loss, sum(len(e.target.ids) for e in rows)], dtype=torch.float64)
+    loss, tokens = processes.total(sums).tolist()
+    return float(loss / tokens)
 
 
 def mean_kl(lm: LM, examples: Sequence[Example], batch_size: int) -> float:
@@ -203,15 +251,16 @@ def train(
     Raises: `TrainError` when the loss or a gradient is not finite, or no gradient reaches the adapter.
     """
     accelerator = trackers.reporting(section, run, cpu=lm.device.type == "cpu")
-    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    main = processes.leads()
     parameters = lm.trainable()
     optimizer = torch.optim.AdamW(parameters.values(), lr=section.lr, weight_decay=section.weight_decay, fused=True)
     per_epoch = math.ceil(len(examples) / section.batch_size)
     steps = per_epoch * section.epochs
 
     def log(line: dict[str, Any]) -> None:
-        run.append("metrics.jsonl", line)
-        trackers.report(accelerator, line)
+        if main:
+            run.append("metrics.jsonl", line)
+            trackers.report(accelerator, line)
 
     state = restore(run, parameters, optimizer)
     if main:
@@ -219,51 +268,25 @@ def train(
     lm.training(True)
     if section.gradient_checkpointing:
         lm.model.activation_checkpointing_enable()
+    model = Step.of_all(lm)
     if state.step == 0 and validation:
-        validate(lm, validation, section, state, per_epoch, run if main else None, parameters, log)
+        validate(lm, validation, section, state, per_epoch, run, parameters, log)
 
     while state.step < steps and not state.stopped:
         started = time.perf_counter()
         batch = source(state.step) if source else [examples[i] for i in rows_of(state.step, len(examples), section)]
         tokens = sum(len(e.target.ids) for e in batch)  # of all processes: the one denominator of this step
         kept = retained_at(state.step, retained, section) if section.retain_weight else []
-        parts = [(batch, float(tokens), section, "loss")]
+        parts = [Part(batch, float(tokens), section, "loss")]
         if kept:
             mean = sum(len(e.target.ids) for e in kept) / section.retain_weight
-            parts.append((kept, mean, section.model_copy(update={"ce_weight": 0.0}), "retain"))
+            parts.append(Part(kept, mean, section.model_copy(update={"ce_weight": 0.0}), "retain"))
         rate = learning_rate(state.step, steps, section)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(section.seed * 1_000_003 + state.step)  # dropout, if any
+        torch.manual_seed(section.seed * 1_000_003 + state.step + (processes.rank() << 40))  # dropout, if any
         optimizer.zero_grad()
-        sums = Stats()
-        for rows, divisor, how, name in parts:
-            mine, micro = rows[rank::world], section.micro_batch or len(rows)
-            for i in range(0, len(mine), micro):
-                loss = batch_loss(lm, mine[i : i + micro], how, sums if name == "loss" else None) / divisor
-                accelerator.backward(loss)
-                add(sums, name, loss)
-        if world > 1:
-            for parameter in parameters.values():
-                parameter.grad = accelerator.reduce(
-                    parameter.grad if parameter.grad is not None else torch.zeros_like(parameter), "sum"
-                )
-            # one tensor of a fixed length: a process without a row in this step must take part all the same
-            names = (
-                "loss",
-                "retain",
-                "kl",
-                "reverse_kl",
-                "jsd",
-                "forward_kl",
-                "ce",
-                "teacher_entropy",
-                "student_entropy",
-            )
-            values = torch.stack([sums.get(name, torch.zeros((), device=lm.device)).float() for name in names])
-            sums = {
-                n: v for n, v in zip(names, accelerator.reduce(values, "sum"), strict=True) if n == "loss" or n in sums
-            }
+        sums = backward(model, parts)
         stats = {name: float(value) for name, value in sums.items()}
         total = stats.pop("loss", 0.0) + (retain := stats.pop("retain", 0.0))
         norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), section.clip))
@@ -272,35 +295,26 @@ def train(
         state.step += 1
         state.tokens += tokens
         state.seconds += time.perf_counter() - started
-        if main:
-            line = {
-                "event": "step",
-                "step": state.step,
-                "epoch": state.step / per_epoch,
-                "loss": total,
-                "lr": rate,
-                "grad_norm": norm,
-            }
-            line |= {
-                "tokens": tokens,
-                **{k: v / tokens for k, v in stats.items()},
-                "seconds": time.perf_counter() - started,
-            }
-            if kept:
-                line["retain"] = retain / section.retain_weight
-            log(line)
+        line = {
+            "event": "step", "step": state.step, "epoch": state.step / per_epoch,
+            "loss": total, "lr": rate, "grad_norm": norm, "tokens": tokens,
+            **{k: v / tokens for k, v in stats.items()}, "seconds": time.perf_counter() - started,
+        }  # fmt: skip
+        if kept:
+            line["retain"] = retain / section.retain_weight
+        log(line)
         progress(f"train (loss {total:.3f})", state.step, steps)
         if state.step in (steps // 2, steps) and total > NOTHING:
             check_effect(lm, batch[0], state.step)
         if validation and state.step % per_epoch == 0:
-            validate(lm, validation, section, state, per_epoch, run if main else None, parameters, log)
+            validate(lm, validation, section, state, per_epoch, run, parameters, log)
         every, whole = section.checkpoint_every, section.round_steps or per_epoch
         due = state.step % every == 0 if every else False
         due = due or (section.on_policy > 0 and state.step % whole == 0)  # the student that writes the next round
         if main and every and (due or state.step == steps or state.stopped):
             checkpoint(run, state, parameters, optimizer)
 
-    accelerator.wait_for_everyone()
+    processes.wait()
     trackers.finish(accelerator)
     if validation:
         load_tensors(run / "checkpoints/best.safetensors", parameters)
@@ -311,20 +325,37 @@ def train(
     return state
 
 
+def backward(model: torch.nn.Module, parts: Sequence[Part]) -> Stats:
+    """Leave the gradient of a step on the trained weights, that of all processes together; returns the sums for the log."""
+    world, sums, todo = processes.count(), Stats(), list[Part]()
+    for rows, divisor, how, name in parts:
+        for micro in shares(rows, how.micro_batch or len(rows)):
+            # without rows it takes part all the same, with a weight of 0
+            todo.append(Part(micro, divisor, how, name) if micro else Part(rows[:1], math.inf, how, ""))
+    for number, (rows, divisor, how, name) in enumerate(todo, 1):
+        last = number == len(todo)
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
+            loss = model(rows, how, sums if name == "loss" else None) / divisor
+            (loss * world).backward()  # DDP takes the mean over processes
+        add(sums, name, loss)
+    if world == 1:
+        return sums
+    # one tensor of a fixed length, whatever rows a process had
+    values = torch.stack([sums.get(name, loss.new_zeros(())).detach().float() for name in SUMS])
+    return {name: v for name, v in zip(SUMS, processes.total(values), strict=True) if name in sums or name in SUMS[:2]}
+
+
 def validate(
     lm: LM,
     validation: Sequence[Example],
     section: TrainSection,
     state: State,
     per_epoch: int,
-    run: RunDir | None,
+    run: RunDir,
     parameters: dict[str, torch.nn.Parameter],
     log: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Measure loss and KL on held-out queries, keep the adapter if it is the best so far, note when to stop.
-
-    `run` is None in all processes but the first, which alone writes.
-    """
+    """Measure loss and KL on held-out queries, keep the adapter if it is the best so far, note when to stop."""
     lm.training(False)
     loss = mean_loss(lm, validation, section)
     plain = (section.loss, section.temperature, section.ce_weight) == ("forward_kl", 1.0, 0.0)
@@ -339,22 +370,15 @@ def validate(
     best = loss < state.best_loss
     if best:
         state.best_loss, state.best_step, state.stale_epochs = loss, state.step, 0
-        if run:
+        if processes.leads():
             tensors = {n: p.detach().contiguous() for n, p in parameters.items()}
             write_atomic(run / "checkpoints/best.safetensors", sealed.save(tensors))
     else:
         state.stale_epochs += 1
         state.stopped = 0 < section.patience <= state.stale_epochs
-    if run:
-        line = {
-            "event": "validation",
-            "step": state.step,
-            "epoch": state.step / per_epoch,
-            "kl": kl,
-            "loss": loss,
-            "best": best,
-        }
-        log(line)
+    log({
+        "event": "validation", "step": state.step, "epoch": state.step / per_epoch, "kl": kl, "loss": loss, "best": best,
+    })  # fmt: skip
 
 
 def check_step(step: int, loss: float, norm: float, batch: Sequence[Example]) -> None:

@@ -27,7 +27,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ctxdistill import files
+from ctxdistill import files, processes
 from ctxdistill.errors import CtxDistillError, ModelError, RunError
 from ctxdistill.recipe import ModelSection
 from ctxdistill.rundir import disk_error, fingerprint, write_atomic
@@ -58,8 +58,13 @@ def pick_device(name: str) -> torch.device:
     """`auto` is the first accelerator there is, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if processes.count() > 1 and name not in ("cpu", "cuda"):
+        raise ModelError(
+            f"model.device {name!r} cannot be used by {processes.count()} processes",
+            expected="cpu, cuda (each process takes one of its own) or auto",
+        )
     try:
-        device = torch.device(name)
+        device = torch.device(processes.local(name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
