@@ -228,6 +228,15 @@ def test_other_ways_to_share_the_work_are_refused_with_a_reason(monkeypatch: pyt
     assert name in str(caught.value) and why in str(caught.value) and "torchrun" in caught.value.fix
 
 
+def test_processes_that_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # left over from something else
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RunError, match="the 2 processes of the run do not meet") as caught:
+        processes.begin(torch.device("cpu"))
+    assert "unset WORLD_SIZE" in caught.value.fix
+
+
 def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -666,7 +666,9 @@ def _run(arguments: Sequence[str]) -> int:
     if not processes.leads():
         _mute()
     try:
-        return typer.main.get_command(app).main(args=arguments, prog_name="ctxdistill", standalone_mode=False) or 0
+        code = typer.main.get_command(app).main(args=arguments, prog_name="ctxdistill", standalone_mode=False) or 0
+        processes.end()
+        return int(code)
     except BaseException:
         sys.stdout, sys.stderr = streams
         if processes.count() > 1:

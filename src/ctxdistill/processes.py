@@ -71,11 +71,23 @@ def begin(device: torch.device) -> None:
             )
     if count() == 1:
         return
-    import torch.distributed as dist
+    import torch
 
-    if not dist.is_initialized():
-        # small things go over gloo also where gradients do not, so that to wait costs a GPU nothing
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    if torch.distributed.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # small things go over gloo also where gradients do not, so that to wait costs a GPU nothing
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        torch.distributed.init_process_group(backend, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            f"the {count()} processes of the run do not meet",
+            expected="a launcher that says where: MASTER_ADDR, MASTER_PORT, RANK",
+            found=str(error).split("\n")[0],
+            fix="start with torchrun or accelerate launch; for one process, unset WORLD_SIZE",
+        ) from None
 
 
 def shard(blocks: Sequence[torch.nn.Module], device: torch.device) -> None:
@@ -119,7 +131,7 @@ def total(values: torch.Tensor) -> torch.Tensor:
 
 
 def end() -> None:
-    """Part from the other processes."""
+    """Part from the other processes, all having done their work."""
     if count() > 1:
         import torch
 
@@ -128,10 +140,8 @@ def end() -> None:
 
 
 def may_speak() -> bool:
-    """Whether this process is the first of all to fail, or the only one: it says why, and the others nothing.
-
-    The processes agree through the store at which they meet; where there is none, the one that leads speaks.
-    """
+    """Whether this process is the first of all to fail, or the only one: it says why, and the others nothing. They agree
+    through the store at which they meet; where there is none, the one that leads speaks."""
     if count() == 1:
         return True
     import torch
