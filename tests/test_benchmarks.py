@@ -11,6 +11,9 @@ from types import ModuleType
 import pytest
 
 import tiny
+from ctxdistill.accounts import forward_flops, training_flops
+from ctxdistill.lm import LM
+from ctxdistill.recipe import LoraSection, ModelSection
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -114,3 +117,34 @@ def tiny_toml(values: dict[str, dict[str, object]]) -> list[str]:
     for section, keys in values.items():
         lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
     return lines
+
+
+@pytest.mark.parametrize("benchmark", ["volume"], indirect=True)
+def test_the_volume_job_counts_every_stage(benchmark: ModuleType, tmp_path: Path) -> None:
+    found = benchmark.job(tmp_path, 80)
+    assert (found["rows"], found["steps"]) == (80, 2)  # one row is held out for validation
+    assert set(found["cpu_seconds"]) == {"label", "train", "rest"} and min(found["cpu_seconds"].values()) > 0
+    assert found["peak_mb"] > 50 and found["targets_mb"] > 0
+
+
+@pytest.mark.parametrize("benchmark", ["scaling"], indirect=True)
+def test_the_arithmetic_of_scaling_is_that_of_the_accounts(
+    benchmark: ModuleType, llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = benchmark.Shape("tiny", 32, 3, 4, 2, 8, 48, tiny.VOCABULARY)
+    lm = LM.load(ModelSection(name=str(llama)))
+    for tokens in ((7,), (7, 20), (1, 300, 1), (9, 0, 4)):
+        assert shape.forward(*tokens) == pytest.approx(forward_flops(lm, *tokens))
+    lm.add_adapter(LoraSection(rank=benchmark.RANK), 0)
+    assert shape.adapter == sum(p.numel() for p in lm.trainable().values())
+    both = training_flops(lm, 9, 4, "lora") + forward_flops(lm, 0, projected=4)
+    assert shape.training(9, 4) == pytest.approx(both)
+    cache = lm._read_prefix(range(5, 15)).layers
+    assert 2 * shape.cache(10) == sum(t.nbytes for layer in cache for t in layer)  # 32-bit here, 16-bit there
+    assert benchmark.target_bytes(shape)["hidden"] == 2 * 32 + 4
+    seven, seventy = benchmark.SHAPES.values()
+    assert 7e9 < seven.bytes / 2 < 8e9 and 69e9 < seventy.bytes / 2 < 72e9
+    assert [benchmark.ways(seventy, gpus, 2000) for gpus in (1, 2, 8, 64)] == [None, None, 4, 4]
+    assert run(benchmark, monkeypatch, "--price", "3") == 0
+    out = capsys.readouterr().out
+    assert "cost at 3 per GPU hour" in out and "does not fit" in out
