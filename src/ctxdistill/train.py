@@ -16,7 +16,7 @@ import json
 import math
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,11 +169,11 @@ class Step(torch.nn.Module):
         return DistributedDataParallel(cls(lm), find_unused_parameters=any(".experts." in n for n in lm.trainable()))
 
 
-def shares(rows: Sequence[Example], size: int) -> list[Sequence[Example]]:
+def shares(rows: Sequence[Example], size: int) -> Iterator[list[Example]]:
     """This process's share of `rows` in batches of at most `size`: as many batches in every process, the last maybe empty,
     since where the weights are shared out all processes must come to every forward pass."""
-    mine, most = rows[processes.rank() :: processes.count()], -(-len(rows) // processes.count())
-    return [mine[i : i + size] for i in range(0, most, size)]
+    mine, most = range(processes.rank(), len(rows), processes.count()), -(-len(rows) // processes.count())
+    return ([rows[j] for j in mine[i : i + size]] for i in range(0, most, size))
 
 
 @torch.no_grad()
