@@ -75,15 +75,16 @@ def stored(finished: Path, folder: Path, **changes: Any) -> RunDir:
     return RunDir(folder)
 
 
-def test_remote_code_in_somebodys_run_needs_the_flag(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("key", ["model.trust_remote_code", "code.run"])
+def test_code_in_somebodys_run_needs_the_flag(
+    key: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = stored(finished, tmp_path / "run", model__trust_remote_code=True)
+    run = stored(finished, tmp_path / "run", **{key.replace(".", "__"): True})
     for use in (pipeline.load_student, lambda path: export.export(path, "peft"), pipeline.evaluate):
-        with pytest.raises(RecipeError, match=r"model\.trust_remote_code in the recipe of"):
+        with pytest.raises(RecipeError, match=f"{re.escape(key)} in the recipe of"):
             use(run.path)
     monkeypatch.setenv(trust.ALLOW, "1")
-    assert stored_recipe(run).model.trust_remote_code
+    assert getattr(getattr(stored_recipe(run), key.split(".")[0]), key.split(".")[1])
 
 
 def test_the_card_names_remote_code(finished: Path, tmp_path: Path) -> None:

@@ -238,8 +238,9 @@ def stored_recipe(run: RunDir) -> Recipe:
     stored = run.read_json("recipe.json")
     with reading(run.path):
         recipe = recipe_of(stored)
-    if recipe.model.trust_remote_code:
-        need_code(f"model.trust_remote_code in the recipe of {run.path}")
+    for key, asked in (("model.trust_remote_code", recipe.model.trust_remote_code), ("code.run", recipe.code.run)):
+        if asked:
+            need_code(f"{key} in the recipe of {run.path}")
     if problems := outside(recipe.written(), run.path, Path.cwd()):
         raise several(
             RecipeError, f"the recipe of {run.path}", problems, fix="start in a folder that holds these files"
