@@ -65,9 +65,9 @@ def killed(place: SimpleNamespace, faults: ModuleType, tmp_path: Path) -> Path:
 # -- stopped ----------------------------------------------------------------------------------------------------------
 
 
-def test_killed_at_random_moments(place: SimpleNamespace, faults: ModuleType) -> None:
-    found = list(faults.moments(place.forks, place.folder, {"off-policy": place.recipe}, 2, seed=3))
-    assert [one["same"] for one in found] == [True, True], found
+def test_killed_at_a_random_moment(place: SimpleNamespace, faults: ModuleType) -> None:
+    found = list(faults.moments(place.forks, place.folder, {"off-policy": place.recipe}, 1, seed=3))
+    assert [one["same"] for one in found] == [True], found
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
