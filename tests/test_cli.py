@@ -21,8 +21,8 @@ from ctxdistill.errors import GateError
 from ctxdistill.recipe import Recipe
 
 COMMANDS = (
-    "demo", "init", "queries", "gate", "plan", "show", "distill", "evaluate", "try", "export", "check", "compare", "playground",
-    "study", "compose", "report",
+    "demo", "init", "queries", "gate", "plan", "show", "distill", "label", "evaluate", "try", "export", "check", "compare",
+    "playground", "study", "compose", "targets", "report",
 )  # fmt: skip
 HOSTILE = "[red]x[/red] [/nope] \x1b[2J\x1b]0;owned\x07 \u202egnp\u202c \x9b31m {query} end"
 
