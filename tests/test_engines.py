@@ -278,7 +278,9 @@ def test_the_self_test_stops_other_weights_before_anything_is_kept(job: Path, tm
 def test_rows_that_are_not_told_token_by_token_are_left_to_the_local_teacher(job: Path) -> None:
     def joined(answer: dict[str, Any], number: int) -> Any:
         if number in (1, 7):
-            answer["choices"][0]["logprobs"]["content"].pop(0)
+            content = answer["choices"][0]["logprobs"]["content"]
+            content.pop(0)
+            content[-1]["id"] = 1  # ends as if it were whole
         return answer
 
     with serve(Teacher(Ready(job).lm, ids_beside=True, spoil=joined)) as (url, _):
