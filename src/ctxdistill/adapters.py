@@ -99,7 +99,9 @@ def scale(model: Any, value: float) -> None:
 
     Raises: `ModelError` for a cartridge, which is no update.
     """
-    if value != 1 and encoder_of(model) is not None:
+    if value == 1:  # and DoRA's magnitudes keep their last bits
+        return
+    if encoder_of(model) is not None:
         raise ModelError("a cartridge has no strength", expected="1", found=f"{value:g}", fix="leave the strength out")
     for layer, name in _layers(model):
         layer.scaling[name] *= value
