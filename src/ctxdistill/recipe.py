@@ -279,8 +279,8 @@ class TeacherSection(Section):
     timeout: AboveZero = 300.0
     """Seconds to wait for an answer."""
     tolerance: AboveZero = 0.01
-    """Largest mean KL(engine || local teacher), in nats per token, on the first four rows. Other kernels and batches are
-    good for 0.001; quantised activations for some 0.01; other weights for much more."""
+    """Largest mean KL(engine || local teacher), in nats per token, on the first four rows. An engine has kernels and batches
+    of its own; raise this where it may differ more (quantised activations or weights)."""
     memory: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """`vllm`: its share of the GPU's memory. The local model needs the rest."""
 
