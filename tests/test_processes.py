@@ -205,7 +205,7 @@ def test_an_error_of_one_process_ends_all(job: Path) -> None:
     ]
     (job / "mine.py").write_text("\n".join([*lines, "    return True", ""]))
     path = recipe_file(job, completions__checker="mine:fine")
-    process = launched(2, "-m", "ctxdistill", "distill", str(path), "--out", str(job / "run"))
+    process = launched(2, "-m", "ctxdistill", "--allow-code", "distill", str(path), "--out", str(job / "run"))
     out, err = process.communicate(timeout=120)  # no hang
     assert process.returncode != 0
     assert (
