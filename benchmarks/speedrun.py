@@ -2,8 +2,9 @@
 
 What a user waits for is labelling and the steps until the student is good enough; a variant changes how these steps are
 taken (learning rate, schedule, batch, rank ...), and never the rows, the targets or the measure. Held-out fidelity is
-measured every few steps, off the clock. `final` is the fidelity at the end of the schedule on all held-out rows: a variant
-that is quick to 0.90 and ends lower has traded something away. Results are kept in benchmarks/LOG.md.
+measured every few steps, off the clock. `final` is the fidelity at the end of the schedule on all held-out rows, `elsewhere`
+the KL to the base model on everyday prompts that have nothing to do with the context: a variant that is quick to 0.90 and
+ends lower, or changes more elsewhere, has traded something away. Results are kept in benchmarks/LOG.md.
 
 Recipes: the demo's, or any that are named. Seconds are those of one run; steps and tokens do not depend on the machine.
 """
@@ -17,20 +18,23 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import ctxdistill
-from ctxdistill.dataset import Data, prepare
+from ctxdistill import generic
+from ctxdistill.behaviour import base_targets, unrelated
+from ctxdistill.dataset import prepare
 from ctxdistill.evaluate import teacher_targets
 from ctxdistill.lm import LM, common_prefix
-from ctxdistill.prompts import Prompter
-from ctxdistill.recipe import Recipe
+from ctxdistill.prompts import Pair
+from ctxdistill.recipe import Recipe, TargetsSection
 from ctxdistill.rundir import RunDir
-from ctxdistill.store import TargetStore
+from ctxdistill.store import Target, TargetStore
 from ctxdistill.targets import label
 from ctxdistill.train import Example, mean_kl, train
 from ctxdistill.weights import packaged_gguf
@@ -70,34 +74,55 @@ METHODS = ["default", "rslora", "dora", "cartridge", WHOLE]
 """`--variants methods`: what is trained, the rest alike."""
 
 
-def labelled(recipe: Recipe, folder: Path) -> tuple[LM, list[Example], list[Example], list[int], float]:
-    """The model, what it learns from, what it is measured on, how all prompts of its teacher begin, and the seconds that
-    labelling took."""
+@dataclass(frozen=True)
+class Course:
+    """What every variant runs on."""
+
+    train: list[Example]
+    held_out: list[Example]
+    elsewhere: list[Example]
+    """Everyday prompts with the base model's answers."""
+    start: list[int]
+    """How all prompts of the teacher begin."""
+    labelling: float
+    """Seconds that the teacher took for `train`."""
+    base: float
+    """KL of the base model on the held-out rows."""
+    base_watched: float
+    """The same on the first of them, which are watched."""
+
+
+def prepared(recipe: Recipe, folder: Path) -> tuple[LM, Course]:
+    """The model and the course of a recipe."""
     lm, prompter, rows = prepare(recipe)
     store = TargetStore(folder)
     pairs = [*rows.pairs["train"], *rows.pairs["validation"]]
     started = time.perf_counter()
     found = label(lm, prompter, pairs, recipe, store)
     seconds = time.perf_counter() - started
-    examples = [Example(p.id, p.student, target) for p, some in zip(pairs, found, strict=True) for target in some]
+    train = [Example(p.id, p.student, target) for p, some in zip(pairs, found, strict=True) for target in some]
+    held_out = examples(rows.pairs["eval"], teacher_targets(lm, prompter, rows.pairs["eval"], recipe, store))
+    plain = unrelated(prompter, generic.HELD_OUT)
+    elsewhere = examples(plain, base_targets(lm, prompter, plain, recipe, store, TargetsSection()))
+    base, watched = (mean_kl(lm, some, BATCH) for some in (held_out, held_out[:WATCHED]))
     start = common_prefix([p.teacher for p in pairs])
-    return lm, examples, held_out(lm, prompter, rows, recipe, store), start, seconds
+    return lm, Course(train, held_out, elsewhere, start, seconds, base, watched)
 
 
-def held_out(lm: LM, prompter: Prompter, rows: Data, recipe: Recipe, store: TargetStore) -> list[Example]:
-    pairs = rows.pairs["eval"]
-    targets = teacher_targets(lm, prompter, pairs, recipe, store)
+def examples(pairs: Sequence[Pair], targets: Sequence[Target]) -> list[Example]:
     return [Example(p.id, p.student, target) for p, target in zip(pairs, targets, strict=True)]
 
 
 @torch.no_grad()
-def spelled_out(lm: LM, examples: list[Example]) -> list[Example]:
-    """The same examples, with the teacher's log-probabilities [T, V] in the place of its hidden states."""
-    made = []
-    for e in examples:
+def spelled_out(lm: LM, course: Course) -> Course:
+    """The same course, with the teacher's log-probabilities [T, V] in the place of its hidden states."""
+
+    def spell(e: Example) -> Example:
         logprobs = lm.head(e.target.tensors["hidden"]).log_softmax(-1)
-        made.append(dataclasses.replace(e, target=dataclasses.replace(e.target, tensors={"logprobs": logprobs})))
-    return made
+        return dataclasses.replace(e, target=dataclasses.replace(e.target, tensors={"logprobs": logprobs}))
+
+    sides = {side: [spell(e) for e in getattr(course, side)] for side in ("train", "held_out", "elsewhere")}
+    return dataclasses.replace(course, **sides)
 
 
 @contextlib.contextmanager
@@ -112,30 +137,21 @@ def learner(lm: LM, recipe: Recipe, whole: bool, start: list[int]) -> Iterator[N
     lm.remove_adapter()
 
 
-def attempt(
-    lm: LM,
-    recipe: Recipe,
-    examples: list[Example],
-    measured: list[Example],
-    bases: tuple[float, float],
-    every: int,
-    folder: Path,
-) -> dict[str, Any]:
-    """Train what `lm` has to train; when did it get there, and where did it end? `bases`: the KL of the base model on the
-    watched rows and on all."""
+def attempt(lm: LM, recipe: Recipe, course: Course, every: int, folder: Path) -> dict[str, Any]:
+    """Train what `lm` has to train; when did it get there, and where did it end?"""
     run = RunDir(folder)
     curve: list[tuple[int, float]] = []
-    base, base_of_all = bases
 
     def watch(_: str, step: int, steps: int) -> None:
         if step % every == 0 or step == steps:
             lm.training(False)
-            curve.append((step, 1 - mean_kl(lm, measured[:WATCHED], BATCH) / base))
+            curve.append((step, 1 - mean_kl(lm, course.held_out[:WATCHED], BATCH) / course.base_watched))
             lm.training(True)
 
     section = recipe.train.model_copy(update={"checkpoint_every": 0})
-    state = train(lm, examples, [], section, run, progress=watch)
-    final = 1 - mean_kl(lm, measured, BATCH) / base_of_all
+    state = train(lm, course.train, [], section, run, progress=watch)
+    final = 1 - mean_kl(lm, course.held_out, BATCH) / course.base
+    elsewhere = mean_kl(lm, course.elsewhere, BATCH)
     size_of_it = sum(p.numel() * p.element_size() for p in lm.trainable().values())
     seconds = [line["seconds"] for line in run.read_jsonl("metrics.jsonl")]
     tokens = [line["tokens"] for line in run.read_jsonl("metrics.jsonl")]
@@ -143,7 +159,7 @@ def attempt(
     return {
         "steps": state.step, "steps_to_goal": there, "tokens_to_goal": sum(tokens[:there]) if there else None,
         "train_seconds_to_goal": sum(seconds[:there]) if there else None, "train_seconds": sum(seconds),
-        "final_kl_closed": final, "bytes": size_of_it, "curve": curve,
+        "final_kl_closed": final, "kl_elsewhere": elsewhere, "bytes": size_of_it, "curve": curve,
     }  # fmt: skip
 
 
@@ -169,26 +185,30 @@ def main() -> int:
         name = Recipe.load(path, always).name or path.stem
         found: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as folder:
-            lm, examples, measured, start, teacher = labelled(Recipe.load(path, always), Path(folder) / "targets")
-            bases = mean_kl(lm, measured[:WATCHED], BATCH), mean_kl(lm, measured, BATCH)
-            print(f"\n{name}: {len(examples)} completions labelled in {teacher:.1f} s, {len(measured)} rows held out")
+            lm, course = prepared(Recipe.load(path, always), Path(folder) / "targets")
+            teacher = course.labelling
             print(
-                f"{'variant':30} {'steps':>6} {'to 0.90':>8} {'tokens':>8} {'s to 0.90':>10} {'s in all':>9} {'final':>7} {'MB':>6}"
+                f"\n{name}: {len(course.train)} completions labelled in {teacher:.1f} s, "
+                f"{len(course.held_out)} rows held out, KL {course.base:.3f}"
+            )
+            print(
+                f"{'variant':30} {'steps':>6} {'to 0.90':>8} {'tokens':>7} {'s to 0.90':>10} {'s in all':>9} {'final':>7} "
+                f"{'elsewhere':>10} {'MB':>6}"
             )
             for number, variant in enumerate(names):
                 recipe = Recipe.load(path, [*always, *VARIANTS[variant]])
                 whole = variant == WHOLE
-                sides = [spelled_out(lm, some) if whole else some for some in (examples, measured)]
-                with learner(lm, recipe, whole, start):
-                    r = found[variant] = attempt(lm, recipe, *sides, bases, options.every, Path(folder) / str(number))
+                its = spelled_out(lm, course) if whole else course
+                with learner(lm, recipe, whole, course.start):
+                    r = found[variant] = attempt(lm, recipe, its, options.every, Path(folder) / str(number))
                 there = f"{teacher + r['train_seconds_to_goal']:.1f}" if r["steps_to_goal"] else "never"
                 print(
-                    f"{variant:30} {r['steps']:>6} {r['steps_to_goal'] or 'never':>8} {r['tokens_to_goal'] or '':>8} "
+                    f"{variant:30} {r['steps']:>6} {r['steps_to_goal'] or 'never':>8} {r['tokens_to_goal'] or '':>7} "
                     f"{there:>10} {teacher + r['train_seconds']:>9.1f} {r['final_kl_closed']:>7.3f} "
-                    f"{r['bytes'] / 1e6:>6.1f}",
+                    f"{r['kl_elsewhere']:>10.3f} {r['bytes'] / 1e6:>6.1f}",
                     flush=True,
                 )
-        report[name] = {"teacher_seconds": teacher, "variants": found}
+        report[name] = {"teacher_seconds": teacher, "base_kl": course.base, "variants": found}
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
