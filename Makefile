@@ -1,10 +1,11 @@
 # make demo    the built-in example, end to end       make test    all tests
-# make lint    ruff, mypy, pip-audit                  make bench   benchmarks
+# make lint    ruff, mypy, pip-audit                  make bench   benchmarks (BENCH="faults volume speedrun" for others)
 # make docs    the reference pages from the code      make clean   remove .venv and caches (runs/ stays)
 # Each makes .venv first, from constraints.txt, if it is missing or out of date.
 
 PYTHON ?= python3
 BIN := .venv/bin
+BENCH ?= job sweeps
 
 .PHONY: demo test lint bench docs clean
 .DEFAULT_GOAL := demo
@@ -22,7 +23,7 @@ lint: .venv/.stamp
 	@echo "pip-audit"; $(BIN)/python .ci/audit.py
 
 bench: .venv/.stamp
-	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+	@for name in $(BENCH); do echo "benchmarks/$$name.py"; $(BIN)/python "benchmarks/$$name.py" || exit 1; done
 
 docs: .venv/.stamp
 	@$(BIN)/python -m ctxdistill.docs

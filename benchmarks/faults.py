@@ -1,4 +1,4 @@
-"""Is anything lost when a run is killed? Run: make bench, or python benchmarks/faults.py
+"""Is anything lost when a run is killed? Run: python benchmarks/faults.py
 
 A tiny random model is distilled by the command line, once from end to end, and then again and again in fresh folders, where it
 is killed (SIGKILL) at a random moment between its first target and its finished adapter, and resumed. Even rows of the table are
