@@ -206,7 +206,7 @@ def test_a_server_that_dies_loses_nothing_that_was_labelled(job: Path, pauses: l
         with pytest.raises(ModelError, match="503: gone") as caught:
             ready.label("asked")
         assert "what was written so far is kept" in caught.value.fix and "teacher.endpoint" in caught.value.fix
-    kept = len(TargetStore(job / "asked").where)
+    kept = len(TargetStore(job / "asked"))
     assert kept == 8
     with serve(Teacher(lm)) as (url, seen):  # elsewhere, and it goes on
         ready = Ready(job, url)
@@ -252,7 +252,7 @@ def test_what_cannot_be_is_an_error_with_the_row(
         with pytest.raises(ModelError, match=f"cannot label row (?s:.*)found: .*({found})"):
             ready.label("asked")
     assert pauses == []  # asking again would not help
-    assert len(TargetStore(job / "asked").where) == 4
+    assert len(TargetStore(job / "asked")) == 4
 
 
 def test_a_prompt_that_the_server_adds_to_is_refused(job: Path) -> None:

@@ -32,7 +32,8 @@ def test_there_are_some() -> None:
     assert {p.name for p in FOLDERS} >= {"persona", "format", "tools"}
 
 
-def test_calls_of_tools_are_judged() -> None:
+def test_calls_of_tools_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CTXDISTILL_ALLOW_CODE", "1")
     folder = Path(__file__).parents[1] / "examples/tools"
     recipe = Recipe.load(folder / "recipe.toml")
     valid, tool, call = (load_function(f"calls:{name}", recipe) for name in ("valid", "right_tool", "right_call"))
