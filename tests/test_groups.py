@@ -18,8 +18,9 @@ from ctxdistill.lm import LM
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
-from ctxdistill.store import TargetStore
+from ctxdistill.store import Target, TargetStore
 from ctxdistill.targets import label
+from ctxdistill.train import Example
 from ctxdistill.weights import load_tokenizer
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kid", "lynx"]
@@ -154,6 +155,20 @@ def test_results_by_a_column(run: pipeline.Run) -> None:
     for title in ("chunk", "sort"):
         for old, new in zip(run.evaluation["parts"][title], again["parts"][title], strict=True):
             assert {k: v for k, v in new.items() if "kl" not in k} == {k: v for k, v in old.items() if "kl" not in k}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_column_counts_training_rows_only_if_they_have_it(job: Path, there: bool) -> None:
+    r = recipe(job)
+    rows = [{"prompt": f"where is the {w}", "chunk": f"zoo.md:{1 + i // 3}"} for i, w in enumerate(WORDS)]
+    tiny.write_jsonl(job / "q.jsonl", [row | ({"sort": "b"} if there else {}) for row in rows])
+    _, prompter, data = prepare(r)
+    part = groups.parts(prompter, data)["sort"]
+    made = [Example(pair.id, pair.student, Target("", (1, 2), {})) for pair in data.pairs["train"]]
+    table = {row["part"]: row for row in groups.by_part(part, {}, made)}
+    assert set(table) == {"a", "b"}
+    assert table["b"]["train_rows"] == (len(made) if there else None)
+    assert table["a"]["train_tokens"] == (0 if there else None)
 
 
 def test_contradictions(job: Path) -> None:

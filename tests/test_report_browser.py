@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ctxdistill.report import write_report
-from test_report import build_run
+from test_report import HOSTILE, build_run, estimate
 
 WIDTHS = (390, 1280)
 
@@ -33,7 +33,19 @@ LOW_CONTRAST = """
 @pytest.fixture(scope="module", params=["plain", "hostile"])
 def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     hostile = request.param == "hostile"
-    return write_report(build_run(tmp_path_factory.mktemp("page") / request.param, hostile=hostile))
+    run = build_run(tmp_path_factory.mktemp("page") / request.param, hostile=hostile)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    some = estimate(0.5, 0.25)
+    system = HOSTILE if hostile else "Answer every message with one short sentence in capital letters."
+    evaluation["behaviour"] = {
+        "rows": 12,
+        "unrelated": {"rows": 16, "kl": some, "same": some},
+        "again": {"rows": 12, "kl": some, "same": some, "alone": some},
+        "other": {"system": system, "kl": some, "obeys": some, "keeps": some, "base_keeps": some},
+        "strengths": [{"strength": s, "kl_closed": some, "unrelated_kl": some} for s in (0.0, 0.5, 1.0)],
+    }
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    return write_report(run)
 
 
 def load(browser: Any, url: str, width: int, scheme: str = "light") -> tuple[list[str], list[str]]:
@@ -76,6 +88,10 @@ def test_the_page_does_not_scroll_sideways(browser: Any, page: Path, width: int)
         return [...document.querySelectorAll("main *")].filter(e => !e.closest(".scroll, svg, pre, .text")
             && e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.outerHTML.slice(0, 80))"""
     assert browser.execute_script(sticking_out) == []
+    squeezed = """
+        return [...document.querySelectorAll("main dd, main td, main p")].filter(e => e.textContent.trim().length > 20
+            && e.checkVisibility() && e.getBoundingClientRect().width < 60).map(e => e.outerHTML.slice(0, 80))"""
+    assert browser.execute_script(squeezed) == []
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -93,7 +109,7 @@ def test_title_verdict_and_plots_are_visible(browser: Any, page: Path, width: in
     verdict = browser.find_element("id", "verdict").rect
     assert verdict["y"] < 900  # seen without scrolling
     plots = browser.find_elements("css selector", "svg[role=img]")
-    assert len(plots) == 3
+    assert len(plots) == 4
     assert all(plot.rect["width"] > 250 and plot.rect["height"] > 150 for plot in plots)
 
 

@@ -35,6 +35,8 @@ def parts(prompter: Prompter, rows: Data) -> dict[str, dict[str, str]]:
             del found["chunk"]
     if name := prompter.recipe.eval.group:
         found[name] = {row.id: str(row.fields.get(name, NONE)) for row in rows.splits["eval"][0]}
+        trained = (row for split, (chosen, _) in rows.splits.items() if split != "eval" for row in chosen)
+        found[name] |= {row.id: str(row.fields[name]) for row in trained if name in row.fields}
     return found
 
 
@@ -57,6 +59,7 @@ def by_part(
         trained_rows[part.get(e.id)] += e.id != last
         trained_tokens[part.get(e.id)] += len(e.target.ids)
         last = e.id
+    known_rows = any(name is not None for name in trained_rows)  # the training rows may lack the column
     table = []
     for name in names:
         mine = {arm: [s for s in rows if part.get(s["row"]) == name] for arm, rows in scores.items()}
@@ -71,8 +74,8 @@ def by_part(
         }
         table.append({
             "part": name,
-            "train_rows": trained_rows[name],
-            "train_tokens": trained_tokens[name],
+            "train_rows": trained_rows[name] if known_rows else None,
+            "train_tokens": trained_tokens[name] if known_rows else None,
             "rows": len(held),
             "tokens": sum(s["tokens"] for s in held),
             "kl_before": mean_kl(mine.get("zero_shot", [])),
