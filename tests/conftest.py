@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub library is imported
+os.environ.pop("COLUMNS", None)  # what is printed shall not depend on somebody's terminal
 if "PYTEST_XDIST_WORKER" in os.environ:  # the commands that tests start share the cores, too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
