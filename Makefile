@@ -14,7 +14,7 @@ demo: .venv/.stamp
 	@$(BIN)/ctxdistill demo
 
 test: .venv/.stamp
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.stamp
 	@echo "ruff check"; $(BIN)/ruff check .

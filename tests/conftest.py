@@ -19,6 +19,14 @@ import tiny
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
 
+LONG = {"test_processes.py": 0, "test_demo.py": 1, "test_faults.py": 2, "test_pipeline.py": 3, "test_cells.py": 4}
+"""Files that take longest: they come first, so that of several workers none is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Converted models go into a folder of this test run, unless the user already has a cache to use."""
