@@ -121,6 +121,7 @@ def label_spread(
     """
     items = []
     for split, work in works.items():
+        store.note_used(work.keys)
         todo = [batch for batch in range(len(work.batches)) if work.missing(batch, store)]
         items += [(split, todo[i : i + BATCHES]) for i in range(0, len(todo), BATCHES)]
     total = sum(len(batches) for _, batches in items)

@@ -135,13 +135,10 @@ def label_rows(
         }
         there = len(store)
         with timed(run, "label"):
-            for work in works.values():
-                store.note_used(work.keys)
             if ray:
                 label_spread(ray, manifest, run.path, works, store, progress)
             for work in works.values():
-                for done in work.run(store):  # with a cluster, nothing is left to do
-                    progress("teacher", done, len(work.keys))
+                work.into(store, progress)  # with a cluster, nothing is left to do
         total = sum(len(work.keys) for work in works.values())
         return {"run": str(run.path), "targets": str(store.folder), "rows": total, "made": len(store) - there}
     finally:

@@ -103,8 +103,11 @@ class Spool(Sequence[T]):
     def __getitem__(self, place: slice) -> list[T]: ...
     def __getitem__(self, place: int | slice) -> T | list[T]:
         if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        number = range(len(self))[place]
+            return [self.item(i) for i in range(*place.indices(len(self)))]
+        return self.item(range(len(self))[place])
+
+    def item(self, number: int) -> T:
+        """The item with a number from 0."""
         start, end = self.ends[number], self.ends[number + 1]
         if start >= self.written:
             return self.decode(bytes(self.buffer[start - self.written : end - self.written]))
@@ -135,15 +138,9 @@ class Records(Spool[tuple[str, dict[str, Any]]]):
             self.odd[len(self)] = item
         super().append(item if same else ("", {}))
 
-    @overload
-    def __getitem__(self, place: int) -> tuple[str, dict[str, Any]]: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[tuple[str, dict[str, Any]]]: ...
-    def __getitem__(self, place: int | slice) -> Any:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        number = range(len(self))[place]
-        return self.odd[number] if number in self.odd else super().__getitem__(number)
+    def item(self, number: int) -> tuple[str, dict[str, Any]]:
+        """The record with a number from 0."""
+        return self.odd[number] if number in self.odd else super().item(number)
 
 
 class IdPairs(Spool[tuple[Ids, Ids]]):

@@ -19,7 +19,7 @@ import re
 from array import array
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -67,6 +67,17 @@ class Ask(Protocol):
         """The targets of `jobs` in any order, none for what it cannot tell."""
 
 
+class How(TypedDict, total=False):
+    """What `Labelling` takes by name."""
+
+    completions: CompletionsSection | None
+    kind: TargetsSection | None
+    written: Sequence[tuple[int, ...]] | None
+    prefix: Prefix | None
+    whole: bool
+    ask: Ask | None
+
+
 def label(
     lm: LM,
     prompter: Prompter,
@@ -74,34 +85,13 @@ def label(
     recipe: Recipe,
     store: TargetStore,
     *,
-    completions: CompletionsSection | None = None,
-    kind: TargetsSection | None = None,
-    written: Sequence[tuple[int, ...]] | None = None,
-    prefix: Prefix | None = None,
-    whole: bool = False,
-    ask: Ask | None = None,
     progress: Progress = no_progress,
     stage: str = "teacher",
+    **how: Unpack[How],
 ) -> Sequence[list[Target]]:
     """Targets for every pair: `completions.samples` of them each, in the order of `pairs`. A target without ids stands for
-    a completion in which `completions.extract` found no answer. See `Labelling` for the arguments."""
-    work = Labelling(
-        lm,
-        prompter,
-        pairs,
-        recipe,
-        completions=completions,
-        kind=kind,
-        written=written,
-        prefix=prefix,
-        whole=whole,
-        ask=ask,
-    )
-    store.note_used(work.keys)  # before, so that nobody drops the first ones while the last ones are labelled
-    with contextlib.closing(work.run(store)) as labelling:  # closed at once after an error, which keeps what was told
-        for done in labelling:
-            progress(stage, done, len(work.keys))
-    return work.targets(store)
+    a completion in which `completions.extract` found no answer. See `Labelling` for what else it takes."""
+    return Labelling(lm, prompter, pairs, recipe, **how).into(store, progress, stage)
 
 
 class Labelling:
@@ -199,6 +189,18 @@ class Labelling:
     def missing(self, batch: int, store: TargetStore) -> list[int]:
         """The completions of a batch that are not in the store."""
         return [n for n in self.order[slice(*self.batches[batch])].tolist() if self.key(n) not in store]
+
+    def into(
+        self, store: TargetStore, progress: Progress = no_progress, stage: str = "teacher"
+    ) -> Sequence[list[Target]]:
+        """Label all that is missing in `store`; the targets of each pair."""
+        store.note_used(self.keys)  # before, so that nobody drops the first ones while the last ones are labelled
+        with contextlib.closing(
+            self.run(store)
+        ) as labelling:  # closed at once after an error, which keeps what was told
+            for done in labelling:
+                progress(stage, done, len(self.keys))
+        return self.targets(store)
 
     def run(self, store: TargetStore, batches: Iterable[int] | None = None) -> Generator[int]:
         """Label what is missing in `batches` (all of them), a shard each; now and then, the number of completions behind it."""
