@@ -3,8 +3,7 @@
 A tiny random model is distilled by the command line, once from end to end, and then again and again in fresh folders, where it
 is killed (SIGKILL) at a random moment between its first target and its finished adapter, and resumed. Even rows of the table are
 on-policy: there the student writes, too. Every run must end with the bytes of the uninterrupted one, adapter and scores of the
-held-out rows alike. The processes are forked from one that has imported PyTorch (`tests/forks.py`), so the time in which modules
-are imported, and no file is touched, is not among the moments.
+held-out rows alike. Each command is a process of its own, started as a shell does it.
 
 Prints a line per moment; exits with 1 if a byte differs.
 """
@@ -14,9 +13,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +28,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import tiny
-from forks import Child, Forks
 
 ROWS, EPOCHS = 40, 3
 PAUSE = 0.03
@@ -61,13 +61,28 @@ def steps(run: Path) -> list[int]:
     return [line["step"] for line in found if line["event"] == "step"]
 
 
-def kill(child: Child, run: Path, after: int, seconds: float) -> dict[str, Any] | None:
+def start(arguments: list[Any], folder: Path) -> subprocess.Popen[str]:
+    """`ctxdistill ARGUMENTS`, on one thread: the machine is shared with whoever watches it."""
+    command = [sys.executable, "-m", "ctxdistill.cli", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """(exit code, or minus the signal that ended it, what it said)."""
+    said, _ = process.communicate()
+    return process.returncode, said
+
+
+def kill(child: subprocess.Popen[str], run: Path, after: int, seconds: float) -> dict[str, Any] | None:
     """Kill a command so many seconds after it got so far, and say what it was at; None where it had its adapter."""
-    while progress(run) < after and not (run / "adapter").exists():
+    while progress(run) < after and not (run / "adapter").exists() and child.poll() is None:
         time.sleep(0.001)
     time.sleep(seconds)
-    child.send(signal.SIGKILL)
-    code, _ = child.wait()
+    child.kill()
+    code, _ = finish(child)
     if code != -signal.SIGKILL or (run / "adapter").exists():
         return None
     return {
@@ -84,18 +99,18 @@ def bits(run: Path) -> str:
     return hashlib.sha256(b"".join((run / name).read_bytes() for name in COMPARED)).hexdigest()[:12]
 
 
-def straight(forks: Forks, folder: Path, kind: str, recipe: Path) -> tuple[str, int]:
+def straight(folder: Path, kind: str, recipe: Path) -> tuple[str, int]:
     """(bits, number of shards and steps) of a run that nobody disturbs, in the folder `kind`."""
-    code, said = forks.run(["distill", recipe, "--out", folder / kind], folder)
+    code, said = finish(start(["distill", recipe, "--out", folder / kind], folder))
     if code:
         raise RuntimeError(said)
     return bits(folder / kind), progress(folder / kind)
 
 
-def moments(forks: Forks, folder: Path, recipes: dict[str, Path], count: int, seed: int) -> Iterator[dict[str, Any]]:
+def moments(folder: Path, recipes: dict[str, Path], count: int, seed: int) -> Iterator[dict[str, Any]]:
     """What became of `count` runs that were killed and resumed; the kinds take turns."""
     draw, late = random.Random(seed), 0
-    expected = {kind: straight(forks, folder, kind, recipe) for kind, recipe in recipes.items()}
+    expected = {kind: straight(folder, kind, recipe) for kind, recipe in recipes.items()}
     for number in range(count):
         kind = list(recipes)[number % len(recipes)]
         command = ["distill", recipes[kind], "--out", folder / "run"]
@@ -103,9 +118,9 @@ def moments(forks: Forks, folder: Path, recipes: dict[str, Path], count: int, se
         while not found:
             shutil.rmtree(folder / "run", ignore_errors=True)
             moment = draw.randrange(1, expected[kind][1]), draw.random() * PAUSE
-            found = kill(forks.start(command, folder), folder / "run", *moment)
+            found = kill(start(command, folder), folder / "run", *moment)
             late += not found
-        code, said = forks.run([*command, "--resume"], folder)
+        code, said = finish(start([*command, "--resume"], folder))
         same = code == 0 and bits(folder / "run") == expected[kind][0]
         yield {"kind": kind, **found, "same": same, "late": late, "said": said}
 
@@ -117,9 +132,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="which moments (default: 0)")
     asked = parser.parse_args()
     different, found = 0, {"late": 0}
-    with tempfile.TemporaryDirectory() as place, Forks(Path(place) / "log") as forks:
+    with tempfile.TemporaryDirectory() as place:
         print(f"{'moment':>6} {'kind':<10} {'killed in':<9} shards  step  checkpoint  half-written  bits")
-        for number, found in enumerate(moments(forks, Path(place), job(Path(place)), asked.moments, asked.seed), 1):
+        for number, found in enumerate(moments(Path(place), job(Path(place)), asked.moments, asked.seed), 1):
             print(
                 f"{number:6} {found['kind']:<10} {found['stage']:<9} {found['shards']:6} {found['step']:5} "
                 f"{found['checkpoint']:11} {found['half']:13}  {'same' if found['same'] else 'DIFFERENT'}",

@@ -1,4 +1,4 @@
-"""An adapter turned up and down."""
+"""An adapter saved, and turned up and down."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from ctxdistill.adapters import scale, strengthened
+from ctxdistill.adapters import save, scale, settings_of, strengthened
 from ctxdistill.lm import LM
 from ctxdistill.recipe import LoraSection, ModelSection
 
@@ -38,6 +38,19 @@ def test_strength_0_is_the_base_and_1_the_adapter_to_the_last_bit(student: LM) -
     with strengthened(student.peft, 1.0):
         assert torch.equal(hidden(student), trained)
     assert torch.equal(hidden(student), trained) and not torch.allclose(base, trained, atol=1e-3)
+
+
+def test_the_same_adapter_is_the_same_bytes_in_every_process(student: LM, tmp_path: Path) -> None:
+    """peft keeps the names of layers in a set, which one process writes in one order and another in another."""
+    config = student.peft.peft_config["default"]
+    names, kept = sorted(config.target_modules), []
+    for number, order in enumerate((names, names[::-1], names[3:] + names[:3])):
+        config.target_modules = order
+        folder = save(student.peft, tmp_path / str(number))
+        kept.append([(folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")])
+    config.target_modules = set(names)
+    assert kept[0] == kept[1] == kept[2]
+    assert settings_of(folder)["target_modules"] == names and len(names) == 7
 
 
 @pytest.mark.parametrize("value", [0.25, 1.5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -506,6 +507,22 @@ def test_skip_passes_over_the_first_rows(tmp_path: Path, suffix: str) -> None:
         assert [row.fields["prompt"] for row in got.rows] == expected and got.left_out == left
     with pytest.raises(DataError, match=r"no row after queries\.skip = 6"):
         read(tmp_path, f"q{suffix}", text + "\n", queries={"skip": 6})
+
+
+@pytest.mark.parametrize("skip", [0, 7])
+def test_rows_of_a_long_file_are_not_in_memory(tmp_path: Path, skip: int) -> None:
+    text = lines(*({"prompt": f"query {i}", "answer": f"{i}"} for i in range(4000)))
+    read(tmp_path, "few.jsonl", lines({"prompt": "what is imported at first"}))
+    tracemalloc.start()
+    try:
+        got = read(tmp_path, "q.jsonl", text, queries={"skip": skip})
+        assert sum(1 for _ in got.rows) == 4000 - skip
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept - len(text) < 4000 * 40, (
+        f"{kept / 4000:.0f} bytes a row"
+    )  # as a list of dicts it is 550; the buffer holds the text
 
 
 def test_a_list_of_texts_is_one_text_a_line_in_a_pattern(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from ctxdistill import spool
 from ctxdistill.errors import RunError
-from ctxdistill.spool import IdPairs, Lazy, Records, joined
+from ctxdistill.spool import IdPairs, Lazy, Records, after, joined
 
 ROWS = [(f"a.jsonl:{i}", {"prompt": f"say {i} \ud800 ü", "n": i, "deep": [{"x": None}, 1.5]}) for i in range(50)]
 
@@ -66,4 +66,5 @@ def test_lazy_items_are_made_when_asked_for() -> None:
     assert len(lazy) == 10 and not made
     assert lazy[2] == 144 and lazy[-1] == 361 and lazy[1:3] == [121, 144] and made == [12, 19, 11, 12]
     assert list(Lazy.over("abc", str.upper)) == ["A", "B", "C"]
+    assert list(after("abcd", 2)) == ["c", "d"] and list(after("ab", 3)) == [] and after("ab", 0) == "ab"
     assert list(joined([1, 2], [3])) == [1, 2, 3] and joined([1, 2], []) == [1, 2] and joined([1], [2])[-1] == 2

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ctxdistill import cli, store, upkeep
 from ctxdistill.errors import RunError
@@ -81,6 +85,40 @@ def test_the_table_of_keys_equals_a_dict(monkeypatch: pytest.MonkeyPatch) -> Non
             plain[key] = Place(number, start, length)
         assert all(table.find(key) == place for key, place in plain.items())
     assert len(table) == len(plain) > 100 and table.find(fingerprint("other")) is None
+
+
+def test_reading_again_takes_no_memory(tmp_path: Path) -> None:
+    made = filled(tmp_path / "t", range(300, 400), 50)
+    keys = [target(n).key for n in range(300, 400) if n % 4]
+    sum(len(made[key].tensors["hidden"]) for key in keys)
+    tracemalloc.start()
+    try:
+        for _ in range(20):
+            assert sum(len(made[key].tensors["hidden"]) for key in keys) == sum(n % 4 for n in range(300, 400))
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 10 * 20 * len(keys)  # bytes a reading
+
+
+def test_a_shard_that_is_whole_and_not_what_its_line_says_is_named(tmp_path: Path) -> None:
+    def refused(raw: bytes, part: str, lengths: tuple[int, ...] = (3, 1)) -> None:
+        shutil.rmtree(tmp_path / "t", ignore_errors=True)
+        line = shard._replace(sha256=hashlib.sha256(raw).hexdigest(), bytes=len(raw), lengths=list(lengths))
+        TargetStore(tmp_path / "t").adopt(line, raw)
+        with pytest.raises(RunError, match=f"(?s){shard.shard} does not hold what index.jsonl says: .*{part}"):
+            TargetStore(tmp_path / "t")[shard.keys[1]].tensors["hidden"]
+
+    shard, raw = store.packed_shard([target(1), target(2, 1)])
+    refused(raw, "asked for 2 from 3", (3, 2))
+    refused(raw[:8] + raw[8:].replace(b'"F32"', b'"F64"'), "rows of hidden in|rows of ids in")
+    refused(raw.replace(b'"F32"', b'"F33"'), "F33")
+    refused(raw.replace(b'"ids"', b'"odd"'), "ids")
+    refused(b"\xff" * 7 + raw[7:], "a header of")
+    refused(b"", "")
+    with open(tmp_path / "x", "wb") as file:
+        file.write(raw)
+    assert set(load_file(tmp_path / "x")) == {"hidden", "ids"}  # the library reads it as well
 
 
 def test_a_shard_is_checked_once_and_before_its_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

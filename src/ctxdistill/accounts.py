@@ -53,7 +53,7 @@ def summary(
 
 def best_kl(run: RunDir) -> float | None:
     """KL of the adapter that was kept, on the queries that chose it."""
-    kept = [line["kl"] for line in run.read_jsonl("metrics.jsonl") if line["event"] == "validation" and line["best"]]
+    kept = [line["kl"] for line in run.lines("metrics.jsonl") if line["event"] == "validation" and line["best"]]
     return kept[-1] if kept else None
 
 

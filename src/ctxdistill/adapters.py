@@ -1,4 +1,4 @@
-"""What can be done to trained adapters: turned up and down, and added.
+"""What can be done to trained adapters: saved, turned up and down, and added.
 
 In: a model with adapters of peft; an adapter's folder. Out: the same model; the adapter's settings, checked. Invariants:
 strength 0 is the base model and 1 the adapter as it was trained, to the last bit; a weighted sum is the sum of the updates
@@ -8,6 +8,7 @@ themselves, not of their factors; peft is given no adapter that is not safetenso
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,23 @@ FREE = {
     "revision", "target_modules", "task_type", "token_dim", "use_dora", "use_rslora",
 }  # fmt: skip
 """Settings that may differ from peft's own: others import modules, match names by patterns, or copy layers."""
+
+
+def save(model: PeftModel, folder: Path, name: str = "default") -> Path:
+    """Write an adapter of the model in PEFT's format, the same bytes for the same adapter; returns where in `folder` it is.
+
+    Raises: OSError, SafetensorError.
+    """
+    model.save_pretrained(str(folder), selected_adapters=[name])
+    found = folder if name == "default" else folder / name
+    config = found / "adapter_config.json"
+    settings = files.read_json(config)
+    if isinstance(named := settings.get("target_modules"), list):
+        settings["target_modules"] = sorted(named)  # a set in memory, in another order in every process
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    for file in found.iterdir():
+        file.chmod(0o644)  # safetensors are written for the owner alone; a server often runs as somebody else
+    return found
 
 
 def settings_of(folder: Path) -> dict[str, Any]:

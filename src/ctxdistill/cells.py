@@ -310,8 +310,8 @@ def student_scores(bench: Bench, arm: Arm, rows: Sequence[Row], where: str) -> l
 
 def losses_of(run: RunDir, state: State) -> dict[str, Any]:
     """How training went."""
-    lines = [line for line in run.read_jsonl("metrics.jsonl") if line["event"] == "step"]
-    return {"steps": state.step, "loss_first": lines[0]["loss"], "loss_last": lines[-1]["loss"]}
+    losses = [line["loss"] for line in run.lines("metrics.jsonl") if line["event"] == "step"]
+    return {"steps": state.step, "loss_first": losses[0], "loss_last": losses[-1]}
 
 
 def prompt_cost(bench: Bench, arm: Arm) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ctxdistill.adapters import settings_of
+from ctxdistill import adapters
 from ctxdistill.behaviour import Check
 from ctxdistill.crosstalk import CLOSED, matrix
 from ctxdistill.dataset import prepare, stored_recipe
@@ -121,7 +121,7 @@ def load(lm: LM, folders: Sequence[RunDir], names: Sequence[str], weights: Seque
     lm.load_adapter(folders[0] / "adapter", names[0])
     with quiet_peft():
         for folder, name in zip(folders[1:], names[1:], strict=True):
-            settings_of(folder / "adapter")
+            adapters.settings_of(folder / "adapter")
             lm.peft.load_adapter(str(folder / "adapter"), adapter_name=name)
         lm.peft.add_weighted_adapter(list(names), list(weights), "composed", combination_type="cat")
     lm.training(False)
@@ -132,11 +132,8 @@ def save(lm: LM, out: Path, found: Mapping[str, Any], paths: Sequence[Path]) -> 
     beside = out.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(beside, ignore_errors=True)
-        lm.peft.save_pretrained(str(beside), selected_adapters=["composed"])
-        os.replace(beside / "composed", beside / "adapter")
+        os.replace(adapters.save(lm.peft, beside, "composed"), beside / "adapter")
         (beside / "README.md").unlink(missing_ok=True)
-        for file in (beside / "adapter").iterdir():
-            file.chmod(0o644)
         run = RunDir(beside)
         run.write_json("compose.json", {**found, "runs": [str(path) for path in paths]})
         write_atomic(beside / "adapter" / "README.md", card(found))

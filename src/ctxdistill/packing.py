@@ -26,9 +26,15 @@ from transformers import AttentionInterface
 NAME = "ctxdistill_packed"
 CACHE = 2**21
 """Scores that are computed at a time on a CPU; 8 MB in fp32."""
+FEW = 128
+"""Keys of a token, below which all scores at once are as fast as the flash kernel called twice."""
 KEPT = 2**22
 """Scores of a layer that are kept for the backward pass."""
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+"""What `scaled_dot_product_attention` calls on a CPU; called here because that does not give the logarithms."""
 Layers = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Tree = Sequence[tuple[int, int]]
 """Tokens that follow a row in many ways: (id, index of the token before it in the tree, -1: the row's last one)."""
 
@@ -55,12 +61,8 @@ class Pack:
     """Tokens of the shared start that are in the sequence itself."""
     cached: Layers | None
     """Keys and values [1, K, C, D] of the first C tokens of all rows in each layer, where they were computed before."""
-    hidden: torch.Tensor
-    """[1, R or 1, 1, L, L]: which keys of its row a token must not see."""
-    start_hidden: torch.Tensor
-    """[1, 1, 1, P, P]: the same for the shared start, where something is cached before it."""
-    causal: bool
-    """Whether every token sees all tokens of its row before it."""
+    hidden: torch.Tensor | None
+    """[1, R, 1, L, L]: which keys of its row a token must not see; None: those after it."""
 
 
 def pack(
@@ -94,10 +96,10 @@ def pack(
     longest = max(s.stop - s.start for s in where)
     rows = [[min(s.start + i, s.stop - 1) for i in range(longest)] for s in where]
     back = [row * longest + i for row, s in enumerate(where) for i in range(s.stop - s.start)]
-    hidden = causal(longest, device)
+    hidden = None
     if tree:
         apart = torch.tensor([[key not in line for key in range(len(tree))] for line in lines], device=device)
-        hidden = hidden.repeat(1, len(bodies), 1, 1, 1)
+        hidden = later(longest, device).repeat(1, len(bodies), 1, 1, 1)
         for mask, body in zip(hidden[0, :, 0], bodies, strict=True):
             mask[len(body) : len(body) + len(tree), len(body) : len(body) + len(tree)] = apart
     return Pack(
@@ -109,8 +111,6 @@ def pack(
         len(start),
         cached,
         hidden,
-        causal(len(start) if cached else 0, device),
-        not tree,
     )
 
 
@@ -179,7 +179,7 @@ def attention(
         q, k, v = query[0, :, first], key[0, :, first], value[0, :, first]
         q = q.view(kv, 1, group, p.start, size)
         if shared:
-            begun = _behind(q, k[:, None], v[:, None], *shared, p.start_hidden, dropout)
+            begun = _behind(q, k[:, None], v[:, None], *shared, None, dropout)
             shared = torch.cat([shared[0], k], 1), torch.cat([shared[1], v], 1)  # [K, C + P, D]
         else:
             begun, shared = _alone(q, k[:, None], v[:, None], dropout), (k, v)
@@ -187,7 +187,7 @@ def attention(
     r, longest = p.rows.shape
     q = query[0][:, p.rows].view(kv, group, r, longest, size).transpose(1, 2)  # [K, R, G, L, D]
     k, v = key[0][:, p.rows], value[0][:, p.rows]  # [K, R, L, D]
-    if shared or not p.causal:
+    if shared or p.hidden is not None:
         shared = shared or (k[:, 0, :0], v[:, 0, :0])
         result = _behind(q, k, v, *shared, p.hidden, dropout)
     else:
@@ -196,18 +196,15 @@ def attention(
     return torch.cat(out, 1).transpose(0, 1)[None], None
 
 
-def causal(length: int, device: torch.device) -> torch.Tensor:
+def later(length: int, device: torch.device) -> torch.Tensor:
     """Which keys a token must not see, [1, 1, 1, L, L]: those after it."""
     return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None, None, None]
 
 
 def _alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
     """Rows with themselves and nothing before them, in one fused kernel; padding comes last, where no token sees it."""
-    kv, r, group, longest, size = q.shape
-    four = (kv * r, group, longest, size)
-    keys, values = (x[:, :, None].expand(q.shape).reshape(four) for x in (k, v))
     out = torch.nn.functional.scaled_dot_product_attention(
-        q.reshape(four), keys, values, dropout_p=dropout, is_causal=True, scale=1.0
+        *_with_itself(q, k, v), dropout_p=dropout, is_causal=True, scale=1.0
     )
     return out.view(q.shape)
 
@@ -218,12 +215,95 @@ def _behind(
     v: torch.Tensor,
     start_k: torch.Tensor,
     start_v: torch.Tensor,
-    hidden: torch.Tensor,
+    hidden: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Rows with themselves and with a shared start, as `_attend`: by the flash kernel where that can do it and pays."""
+    if q.device.type == "cpu" and not dropout and k.shape[2] + start_k.shape[1] >= FEW:
+        mask = None if hidden is None else hidden[0].to(q.dtype) * torch.finfo(q.dtype).min
+        made: torch.Tensor = Flash.apply(q, k, v, start_k, start_v, mask)  # type: ignore[no-untyped-call]
+        return made
+    return _in_pieces(q, k, v, start_k, start_v, hidden, dropout)
+
+
+class Flash(torch.autograd.Function):
+    """`_attend` by two calls of the flash kernel, which keeps no scores: each row with itself, and all with the shared start.
+
+    A softmax over both is the mean of the two results, weighted by the sums of exponentials of their scores, which the kernel
+    gives as logarithms. The gradient is the sum of what the kernel's backward gives for each call, with the result and
+    the logarithm of both: the weight of a key is exp(score - logarithm), whichever call it was in.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        start_k: torch.Tensor,
+        start_v: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Shapes as in `_attend`; `mask` [R, 1, M, L] is added to scores of rows with themselves, None: none of later keys."""
+        own, logs = FLASH(*_with_itself(q, k, v), 0.0, mask is None, attn_mask=_for_heads(mask, q), scale=1.0)
+        out: torch.Tensor = own.reshape(q.shape)
+        total: torch.Tensor = logs.reshape(q.shape[:-1])
+        if start_k.shape[1]:
+            begun, logs = FLASH(*_with_start(q, start_k, start_v), scale=1.0)
+            begun, logs = begun.reshape(q.shape), logs.reshape(total.shape)
+            share = torch.sigmoid(logs - total)[..., None]  # [K, R, G, M, 1], fp32
+            out, total = torch.lerp(out.float(), begun.float(), share).to(q.dtype), torch.logaddexp(total, logs)
+        ctx.save_for_backward(q, k, v, start_k, start_v, mask, out, total)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of q, k, v, start_k and start_v."""
+        q, k, v, start_k, start_v, mask, out, total = ctx.saved_tensors
+
+        def back(part: Part, causal: bool, added: torch.Tensor | None = None) -> list[torch.Tensor]:
+            gradient, found, logs = (x.reshape(*part[0].shape[:3], *x.shape[4:]) for x in (gradients[0], out, total))
+            return list(FLASH_BACKWARD(gradient, *part, found, logs, 0.0, causal, attn_mask=added, scale=1.0))
+
+        to_q, *own = back(_with_itself(q, k, v), mask is None, _for_heads(mask, q))
+        to_k, to_v = (x.reshape(*q.shape[:3], *k.shape[2:]).sum(2) for x in own)
+        to_q = to_q.reshape(q.shape)
+        if not start_k.shape[1]:
+            return to_q, to_k, to_v, None, None, None
+        more, to_start_k, to_start_v = back(_with_start(q, start_k, start_v), False)
+        return to_q + more.reshape(q.shape), to_k, to_v, to_start_k[0], to_start_v[0], None
+
+
+def _with_itself(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Part:
+    """Each row with itself, as a kernel takes it: [K R, G, M, D] and twice [K R, G, L, D]."""
+    kv, r, group, m, size = q.shape
+    keys, values = (x[:, :, None].expand(kv, r, group, -1, size).reshape(kv * r, group, -1, size) for x in (k, v))
+    return q.reshape(kv * r, group, m, size), keys, values
+
+
+def _with_start(q: torch.Tensor, start_k: torch.Tensor, start_v: torch.Tensor) -> Part:
+    """All rows with the start: [1, K, R G M, D] and twice [1, K, P, D]."""
+    return q.reshape(1, len(q), -1, q.shape[-1]), start_k[None], start_v[None]
+
+
+def _for_heads(mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    """[R, 1, M, L] -> [K R, 1, M, L]."""
+    return None if mask is None else mask.repeat(len(q), 1, 1, 1)
+
+
+def _in_pieces(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start_k: torch.Tensor,
+    start_v: torch.Tensor,
+    hidden: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
     """`_attend` in pieces whose scores fit the processor's cache; where a gradient would have to keep many of them, they
     are computed again in the backward pass."""
     _, rows, _, longest, _ = q.shape
+    hidden = later(longest, q.device) if hidden is None else hidden
     width = q[:, 0, :, 0, 0].numel() * (k.shape[2] + start_k.shape[1])  # scores of one query position in all heads
     at_once = CACHE if q.device.type == "cpu" else 64 * CACHE
     some = max(1, at_once // (width * longest))

@@ -22,12 +22,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ctxdistill import engines, generic, groups, losses, processes, programs, sandbox, synthesis, trackers
+from ctxdistill import adapters, engines, generic, groups, losses, processes, programs, sandbox, synthesis, trackers
 from ctxdistill import evaluate as evaluation
 from ctxdistill import plan as planning
 from ctxdistill import report as reports
 from ctxdistill.accounts import cost, notes, spent, summary, timed
-from ctxdistill.adapters import encoder_of, scale
 from ctxdistill.behaviour import Check, base_targets, behaviour, unrelated
 from ctxdistill.cluster import label_spread
 from ctxdistill.compose import compose
@@ -239,8 +238,8 @@ def load_student(run: str | Path, *, merge: bool = False, strength: float = 1.0)
     section = recipe.model.model_copy(update={"quantize": "none"}) if merge else recipe.model
     lm = LM.load(section, recipe.base_dir)
     lm.load_adapter(folder / "adapter")
-    scale(lm.peft, strength)
-    if merge and encoder_of(lm.peft) is not None:
+    adapters.scale(lm.peft, strength)
+    if merge and adapters.encoder_of(lm.peft) is not None:
         raise ModelError("a cartridge cannot be merged into the weights", fix="load it without merge")
     return (lm.peft.merge_and_unload() if merge else lm.peft), lm.tokenizer
 
@@ -514,9 +513,7 @@ def save_adapter(lm: LM, run: RunDir) -> None:
     beside, folder = run / ".adapter.tmp", run / "adapter"
     try:
         shutil.rmtree(beside, ignore_errors=True)
-        lm.peft.save_pretrained(str(beside))
-        for file in beside.iterdir():
-            file.chmod(0o644)  # safetensors are written for the owner alone; a server often runs as somebody else
+        adapters.save(lm.peft, beside)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
     except OSError as error:

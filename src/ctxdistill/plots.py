@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -34,16 +34,20 @@ HUES = {
 SHAPES = "osD^vP"
 
 
-def training_plot(metrics: Sequence[Mapping[str, Any]]) -> Markup | None:
+def training_plot(metrics: Iterable[Mapping[str, Any]]) -> Markup | None:
     """Loss, KL and validation KL per step above the learning rate; None when no step was recorded."""
-    steps = list({m["step"]: m for m in metrics if m.get("event") == "step"}.values())
-    validations = list({m["step"]: m for m in metrics if m.get("event") == "validation"}.values())
+    steps, by_step = {}, {}  # a step that was taken again counts as it was the last time
+    for m in metrics:
+        if m.get("event") == "step":
+            steps[m["step"]] = [_number(m.get(key)) for key in ("kl", "loss", "lr")]
+        elif m.get("event") == "validation":
+            by_step[m["step"]] = m
     if not steps:
         return None
+    x, validations = list(steps), list(by_step.values())
+    kl, loss, lr = zip(*steps.values(), strict=True)
     figure = _figure()
     top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [5, 2]})
-    x = [m["step"] for m in steps]
-    kl, loss = ([_number(m.get(key)) for m in steps] for key in ("kl", "loss"))
     same = all(abs(a - b) <= 1e-6 + 1e-3 * abs(b) for a, b in zip(kl, loss, strict=True))
     top.plot(x, loss, color=FAINT if not same else STUDENT, linewidth=1.2, label="loss" if not same else "loss (= KL)")
     if not same:
@@ -73,7 +77,7 @@ def training_plot(metrics: Sequence[Mapping[str, Any]]) -> Markup | None:
         top.set_yscale("log")
     _style(top, "", "nats per token")
     top.legend(frameon=False, labelcolor=INK)
-    bottom.plot(x, [_number(m.get("lr")) for m in steps], color=FAINT, linewidth=1.4)
+    bottom.plot(x, lr, color=FAINT, linewidth=1.4)
     _style(bottom, "step", "lr")
     return _svg(figure, "training", "Loss, KL and validation KL per training step, and the learning rate")
 

@@ -232,7 +232,7 @@ def repeated(ids: Sequence[int]) -> float:
 
 def rounds(run: RunDir) -> list[dict[str, Any]]:
     """The lines of the rounds so far."""
-    return [line for line in run.read_jsonl("metrics.jsonl") if line["event"] == "round"]
+    return [line for line in run.lines("metrics.jsonl") if line["event"] == "round"]
 
 
 def check(lines: Sequence[Mapping[str, Any]], teacher: Habits) -> None:

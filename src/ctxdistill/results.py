@@ -8,7 +8,7 @@ against it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 Data = dict[str, Any]
@@ -97,7 +97,7 @@ ROUND = {
 }
 
 
-def round_table(metrics: Sequence[Mapping[str, Any]]) -> Data | None:
+def round_table(metrics: Iterable[Mapping[str, Any]]) -> Data | None:
     """The rounds of on-policy training, as `columns` and `rows` of text; None where there were none."""
     lines = [line for line in metrics if line.get("event") == "round"]
     if not lines:

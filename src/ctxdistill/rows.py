@@ -25,7 +25,7 @@ import numpy as np
 from ctxdistill import files
 from ctxdistill.errors import DataError, several
 from ctxdistill.recipe import DataSection, Recipe, fields_of
-from ctxdistill.spool import Lazy, Records
+from ctxdistill.spool import Lazy, Records, after
 
 MAX_BYTES = 10_000_000
 """Longest line, document or text file; more is a wrong file, and is not read into memory."""
@@ -100,7 +100,7 @@ def read(
         path = recipe.path(section.data)
         source, reader = str(path), _reader(path, what)
         records, total = reader(path, most, problems)
-    records, total = records[section.skip :], max(0, total - section.skip)
+    records, total = after(records, section.skip), max(0, total - section.skip)
     if not records and not problems:
         where = f"has no row after {what}.skip = {section.skip}" if section.skip else "is empty"
         raise DataError(f"{what}: {source} {where}", expected="at least one row", found="none")

@@ -226,29 +226,32 @@ class RunDir:
         write_atomic(self / name, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
     def read_jsonl(self, name: str) -> list[dict[str, Any]]:
-        """All complete lines, an object each; [] when there is no such file. A last line that a kill cut off is dropped.
+        """All `lines`."""
+        return list(self.lines(name))
+
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """One complete line after the other, an object each; none when there is no such file. A last line that a kill cut
+        off is dropped.
 
         Raises: `RunError` naming a line that is something else.
         """
-        path = self / name
+        path, number = self / name, 1
         if not path.exists():
-            return []
-        values: list[dict[str, Any]] = []
+            return
         try:
             with files.open_regular(path) as file:
                 while (raw := file.readline(files.MAX_LINE)).endswith(b"\n"):
-                    if not isinstance(value := files.parse_json(raw.decode()), dict):
+                    value = files.parse_json(raw.decode())
+                    if not isinstance(value, dict):
                         raise ValueError
-                    values.append(value)
+                    yield value
+                    number += 1
             if len(raw) == files.MAX_LINE:
                 raise ValueError
         except OSError as error:
             raise RunError(f"cannot read {path}: {error.strerror}", fix="check what it is") from None
         except ValueError:
-            raise RunError(
-                f"{path}:{len(values) + 1} is damaged", fix="delete this file and run again with --resume"
-            ) from None
-        return values
+            raise RunError(f"{path}:{number} is damaged", fix="delete this file and run again with --resume") from None
 
 
 @contextlib.contextmanager

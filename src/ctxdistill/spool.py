@@ -165,6 +165,11 @@ class IdPairs(Spool[tuple[Ids, Ids]]):
         return (*self.first[:shared], *rest[n:]), tuple(rest[:n])
 
 
+def after(items: Sequence[T], skip: int) -> Sequence[T]:
+    """The items but the first `skip`; a slice would be a list."""
+    return Lazy(range(skip, len(items)), items.__getitem__) if skip else items
+
+
 def joined(first: Sequence[T], second: Sequence[T]) -> Sequence[T]:
     """The items of both."""
     n = len(first)

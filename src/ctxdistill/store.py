@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ctxdistill import files
@@ -34,6 +34,11 @@ from ctxdistill.rundir import disk_error, fingerprint, write_atomic
 INDEX, LOCK, USED = "index.jsonl", ".lock", "targets_used.txt"
 RECENT = 4096
 """New keys that are collected before they are put in order among the others."""
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32,
+}  # fmt: skip
+"""What a shard can hold, by the format's names."""
 Keys = np.ndarray[Any, Any]
 """Keys as 16 bytes each, [N]."""
 
@@ -133,7 +138,7 @@ class TargetStore:
         self.shards: list[Shard] = []
         self.table = KeyTable()
         self.verified: set[int] = set()
-        self.opened: tuple[int, Any] | None = None
+        self.opened: tuple[int, ShardFile] | None = None
         self.lock: Any = None
         if folder.is_dir():
             self._lock()
@@ -178,19 +183,13 @@ class TargetStore:
                 if place.shard not in self.verified:
                     check_shard(self.folder, shard)
                     self.verified.add(place.shard)
-                self.opened = (place.shard, safe_open(self.folder / shard.shard, framework="pt"))
-            rows: torch.Tensor = self.opened[1].get_slice(name)[place.start : place.start + place.length]
-        except (SafetensorError, OSError, IndexError, TypeError) as error:  # whole, and yet not what the index says
-            raise self.wrong(shard, str(error)) from None
-        if len(rows) != place.length:
-            raise self.wrong(shard, f"{len(rows)} of {place.length} rows of {name}")
-        return rows
-
-    def wrong(self, shard: Shard, found: str) -> RunError:
-        return RunError(
-            f"{self.folder / shard.shard} does not hold what {INDEX} says: {found}",
-            fix=f"delete {self.folder}; the targets will be made again",
-        )
+                self.opened = (place.shard, ShardFile(self.folder / shard.shard, shard.bytes))
+            return self.opened[1].rows(name, place)
+        except (OSError, ValueError, LookupError, TypeError) as error:  # whole, and yet not what the index says
+            raise RunError(
+                f"{self.folder / shard.shard} does not hold what {INDEX} says: {error}",
+                fix=f"delete {self.folder}; the targets will be made again",
+            ) from None
 
     def add(self, targets: Sequence[Target]) -> None:
         """Write one shard of targets of one kind, then its line of the index; a kill in between leaves a shard that
@@ -212,8 +211,38 @@ class TargetStore:
             known = used_keys(self.used)
             every = np.unique(np.concatenate([keys, packed(()) if known is None else known]))
             if known is None or len(every) > len(known):
-                digits = np.frombuffer(every.tobytes().hex().encode(), dtype="S32")
-                write_atomic(self.used, b"\n".join(digits.tolist()) + b"\n")
+                write_atomic(self.used, every.tobytes().hex("\n", 16) + "\n")
+
+
+class ShardFile:
+    """A shard of which single rows are read. (The reader of safetensors keeps 28 bytes for every tensor or slice that it has
+    given out, as of 0.8.0; with rows in random order that is memory for each row of each epoch.)
+
+    Raises: OSError, ValueError, LookupError or TypeError for what is no safetensors file.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.file = files.open_regular(path)
+        head = int.from_bytes(self.file.read(8), "little")
+        self.data = 8 + head
+        if self.data > size:
+            raise ValueError(f"a header of {head:,} bytes in {size:,}")
+        self.header = files.parse_json(self.file.read(head).decode())
+
+    def rows(self, name: str, place: Place) -> torch.Tensor:
+        """The rows of a tensor at a place, [T, ...]."""
+        about = self.header[name]
+        dtype, (count, *shape), (first, end) = DTYPES[about["dtype"]], about["shape"], about["data_offsets"]
+        width = math.prod(shape) * dtype.itemsize
+        if place.start + place.length > count or end - first != count * width:
+            raise ValueError(
+                f"{count:,} rows of {name} in {end - first:,} bytes, asked for {place.length} from {place.start}"
+            )
+        found = torch.empty(place.length, *shape, dtype=dtype)  # aligned: products of matrices round by where they lie
+        into = memoryview(found.view(-1).view(torch.uint8).numpy().data)
+        if os.preadv(self.file.fileno(), [into], self.data + first + place.start * width) != len(into):
+            raise ValueError(f"{name} is cut off")
+        return found
 
 
 class Stored(Mapping[str, torch.Tensor]):

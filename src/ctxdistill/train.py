@@ -477,7 +477,6 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], str]:
 
 def drop_later_metrics(run: RunDir, step: int) -> None:
     """Forget log lines of steps that will be taken again."""
-    lines = run.read_jsonl("metrics.jsonl")
-    kept = [line for line in lines if step > 0 and line["step"] <= step]
-    if lines or (run / "metrics.jsonl").exists():
+    if (run / "metrics.jsonl").exists():
+        kept = (line for line in run.lines("metrics.jsonl") if step > 0 and line["step"] <= step)
         run.write_jsonl("metrics.jsonl", kept)
