@@ -44,11 +44,11 @@ def read(folder: Path, name: str) -> Any:
 
 READ = """
 import resource
-from ctxdistill import rows
+from ctxdistill import readers, rows
 from ctxdistill.errors import CtxDistillError
 from ctxdistill.recipe import Recipe
 import pyarrow.parquet
-rows.MAX_PARQUET = (500_000_000, 30)  # quicker than 2 GB
+readers.MAX_PARQUET = (500_000_000, 30)  # quicker than 2 GB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 recipe = Recipe.from_dict({{"model": {{"name": "m"}}, "context": {{"system": "s"}}, "queries": {{"data": {path!r}}}}})
 try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ctxdistill import readers
 from ctxdistill import rows as data
 from ctxdistill.errors import DataError
 from ctxdistill.recipe import DataSection, Recipe
@@ -221,7 +222,7 @@ def test_header_alone_is_empty(tmp_path: Path) -> None:
 
 
 def test_long_line_is_refused_without_reading_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "MAX_BYTES", 100)
+    monkeypatch.setattr(readers, "MAX_BYTES", 100)
     text = lines({"prompt": "a"}, {"prompt": "x" * 1000}, {"prompt": 3}, {"prompt": "b" * 80})
     message = fails(tmp_path, "q.jsonl", text)
     assert "q.jsonl:2: line longer than" in message
@@ -231,7 +232,7 @@ def test_long_line_is_refused_without_reading_it_whole(tmp_path: Path, monkeypat
 
 def test_no_read_asks_for_more_than_the_longest_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    real = data._open
+    real = readers.open_file
 
     class Spy:
         def __init__(self, path: Path, what: str) -> None:
@@ -247,16 +248,16 @@ def test_no_read_asks_for_more_than_the_longest_line(tmp_path: Path, monkeypatch
             sizes.append(size)
             return bytes(self.file.readline(size))
 
-    monkeypatch.setattr(data, "MAX_BYTES", 100)
-    monkeypatch.setattr(data, "_open", Spy)
+    monkeypatch.setattr(readers, "MAX_BYTES", 100)
+    monkeypatch.setattr(readers, "open_file", Spy)
     fails(tmp_path, "q.jsonl", lines({"prompt": "x" * 1000}))
     assert len(sizes) > 10
     assert set(sizes) == {100, 101}
 
 
 def test_large_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "MAX_BYTES", 1000)
-    monkeypatch.setattr(data.files, "MAX_JSON", 1000)
+    monkeypatch.setattr(readers, "MAX_BYTES", 1000)
+    monkeypatch.setattr(readers.files, "MAX_JSON", 1000)
     assert "too large" in fails(tmp_path, "q.json", json.dumps([{"prompt": "x" * 2000}]))
     (tmp_path / "t.txt").write_text("x" * 1001)
     with pytest.raises(DataError, match="too large"):

@@ -16,7 +16,7 @@ from ctxdistill import study as studies
 from ctxdistill.cells import NOTHING
 from ctxdistill.errors import ModelError, RecipeError, RunError
 from ctxdistill.grid import Study
-from ctxdistill.rows import Record
+from ctxdistill.readers import Record
 from ctxdistill.study import study
 from ctxdistill.tasks import TASKS, Pattern, Source, Task
 from ctxdistill.tasks.source import Local

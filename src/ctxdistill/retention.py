@@ -28,8 +28,8 @@ import torch
 from ctxdistill import programs, sandbox
 from ctxdistill.errors import DataError, several
 from ctxdistill.lm import LM, check_fit
+from ctxdistill.readers import READERS, Record, read_hub
 from ctxdistill.recipe import CodeSection
-from ctxdistill.rows import READERS, Record, read_hub
 
 MBPP_TEST = range(11, 511)
 """Numbers of the problems in MBPP's test set."""

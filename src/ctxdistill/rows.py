@@ -7,40 +7,27 @@ reported at once, with file and line; a row's id depends on its content alone.
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
 import itertools
 import json
 import math
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ctxdistill import files
+from ctxdistill import readers
 from ctxdistill.errors import DataError, several
+from ctxdistill.readers import Fields, Record
 from ctxdistill.recipe import DataSection, Recipe, fields_of
 from ctxdistill.spool import Lazy, Records, after
 
-MAX_BYTES = 10_000_000
-"""Longest line, document or text file; more is a wrong file, and is not read into memory."""
-MAX_PROBLEMS = 1000
-"""Problems after which a file is not read on."""
-MAX_PARQUET = (2_000_000_000, 30)
-"""Memory that a Parquet file may take while it is read: bytes, and as many more for each byte of the file."""
-ROLES = ("system", "user", "assistant", "tool")
 HUB = "hub:"
-
-Fields = dict[str, Any]
-Record = tuple[str, Fields]
-"""(origin, columns)."""
-Reader = Callable[[Path, int, list[str]], tuple[Sequence[Record], int]]
-"""(file, most records or 0 for all, list that problems are added to) -> (records, number of records in the file)."""
+ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -95,10 +82,10 @@ def read(
     if section.data.startswith(HUB):
         fix = f"check {what}.data, {what}.config and {what}.split, and the network; or use a local file"
         name = section.data.removeprefix(HUB)
-        source, records, total = read_hub(name, section.config, section.split, most, what=what, fix=fix)
+        source, records, total = readers.read_hub(name, section.config, section.split, most, what=what, fix=fix)
     else:
         path = recipe.path(section.data)
-        source, reader = str(path), _reader(path, what)
+        source, reader = str(path), readers.reader_of(path, what)
         records, total = reader(path, most, problems)
     records, total = after(records, section.skip), max(0, total - section.skip)
     if not records and not problems:
@@ -123,7 +110,7 @@ def rows_of(records: Sequence[Record]) -> Sequence[Row]:
 def read_rows(path: Path) -> list[Fields]:
     """All rows of a data file as they are, no column named. Raises `DataError` that lists all that is wrong."""
     problems = list[str]()
-    records, _ = _reader(path, "the rows")(path, 0, problems)
+    records, _ = readers.reader_of(path, "the rows")(path, 0, problems)
     if problems or not records:
         problems = problems or ["there are no rows"]
         raise several(DataError, str(path), problems, fix="a row is an object: one a line in .jsonl, a list in .json")
@@ -178,12 +165,13 @@ def check_overlap(groups: Mapping[str, Sequence[tuple[Row, str]]]) -> None:
     problems = []
     for name, own in keys.items():
         if len(twice := own.repeated.tolist()):
-            count = _count(len(twice), "row")
-            problems.append(f"{name}: {count} with a query that occurred before: {own.examples(own, twice)}")
+            problems.append(
+                f"{name}: {readers.count(len(twice), 'row')} with a query that occurred before: {own.examples(own, twice)}"
+            )
     for a, b in itertools.combinations(groups, 2):
         if shared := np.flatnonzero(np.isin(keys[b].all, keys[a].found)).tolist():
             examples = keys[a].examples(keys[b], shared)
-            problems.append(f"{a} and {b} overlap in {_count(len(shared), 'row')} of {b}: {examples}")
+            problems.append(f"{a} and {b} overlap in {readers.count(len(shared), 'row')} of {b}: {examples}")
     if problems:
         fix = 'remove these rows from one of the sides; queries.duplicates = "drop" drops repeated rows inside a file'
         raise several(DataError, "rows that should be different are the same", problems, fix=fix)
@@ -213,8 +201,8 @@ def split(
 def read_text(name: str, recipe: Recipe, what: str) -> str:
     """A text file of the context as it is, without a byte order mark. Raises `DataError`."""
     path = recipe.path(name)
-    _must_be_file(path, what)
-    raw = _bounded(path, MAX_BYTES, what)
+    readers.must_be_file(path, what)
+    raw = readers.bounded(path, readers.MAX_BYTES, what)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -230,11 +218,11 @@ def read_text(name: str, recipe: Recipe, what: str) -> str:
 def read_messages(name: str, recipe: Recipe, what: str) -> list[dict[str, Any]]:
     """A message history from a `.json` list or a `.jsonl` file. Raises `DataError` that lists all that is wrong."""
     path, problems = recipe.path(name), list[str]()
-    _must_be_file(path, what)
+    readers.must_be_file(path, what)
     suffix = path.suffix.lower()
     if suffix not in {".json", ".jsonl"}:
         raise DataError(f"{what}: cannot read {path}", expected="a .json or .jsonl file", found=suffix or "no suffix")
-    records, _ = READERS[suffix](path, 0, problems)
+    records, _ = readers.READERS[suffix](path, 0, problems)
     problems += [f"{origin}: {problem}" for origin, fields in records for problem in _message_problems(fields)]
     if problems:
         fix = 'each message is {"role": "user", "content": "..."}'
@@ -242,257 +230,6 @@ def read_messages(name: str, recipe: Recipe, what: str) -> list[dict[str, Any]]:
     if not records:
         raise DataError(f"{what}: {path} is empty", expected="at least one message", found="none")
     return [fields for _, fields in records]
-
-
-# -- readers ----------------------------------------------------------------------------------------------------------
-
-
-def _read_jsonl(path: Path, most: int, problems: list[str]) -> tuple[Sequence[Record], int]:
-    records = Records()
-    total = 0
-    for number, line in lines(path, problems):
-        if not line.strip():
-            continue
-        total += 1
-        origin = f"{path.name}:{number}"
-        fields = _json(line.rstrip("\r\n"), origin, problems)
-        if isinstance(fields, dict):
-            if not most or len(records) < most:
-                records.append((origin, fields))
-        elif fields is not None:
-            problems.append(f"{origin}: expected an object {{...}}, found {_short(fields)}")
-    return records, total
-
-
-def _read_json(path: Path, most: int, problems: list[str]) -> tuple[list[Record], int]:
-    try:
-        text = _bounded(path, files.MAX_JSON, path.name).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        problems.append(f"{path.name}: not valid UTF-8 at byte {error.start + 1}")
-        return [], 0
-    items = _json(text, path.name, problems) if text.strip() else []
-    if items is None:
-        return [], 0
-    if not isinstance(items, list):
-        problems.append(f"{path.name}: expected a list of objects [{{...}}, ...], found {_short(items)}")
-        return [], 0
-    records = []
-    for number, item in enumerate(items, 1):
-        if isinstance(item, dict):
-            records.append((f"{path.name}:item {number}", item))
-        else:
-            problems.append(f"{path.name}:item {number}: expected an object {{...}}, found {_short(item)}")
-    return records[: most or None], len(items)
-
-
-def _read_csv(path: Path, most: int, problems: list[str], dialect: str = "excel") -> tuple[Sequence[Record], int]:
-    texts = (line for _, line in lines(path, problems))
-    before = csv.field_size_limit(MAX_BYTES)
-    try:
-        return _csv_records(csv.reader(texts, dialect, strict=True), path.name, most, problems)
-    finally:
-        csv.field_size_limit(before)
-
-
-def _read_tsv(path: Path, most: int, problems: list[str]) -> tuple[Sequence[Record], int]:
-    return _read_csv(path, most, problems, "excel-tab")
-
-
-def _csv_records(reader: Any, name: str, most: int, problems: list[str]) -> tuple[Sequence[Record], int]:
-    header: list[str] | None = None
-    records = Records()
-    total = 0
-    while True:
-        start = reader.line_num + 1  # a quoted field may go over several lines
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return records, total
-        except csv.Error as error:
-            problems.append(f"{name}:{start}: {error}")
-            continue
-        if not cells:
-            continue
-        if header is None:
-            header = cells
-            if len(set(header)) != len(header) or not all(column.strip() for column in header):
-                problems.append(f"{name}:{start}: column names must be different and not empty, found {_short(header)}")
-            continue
-        total += 1
-        if len(cells) != len(header):
-            expected = _count(len(header), "field")
-            problems.append(f"{name}:{start}: expected {expected} as in the header, found {len(cells)}")
-        elif not most or len(records) < most:
-            # An empty cell is a missing value: the format knows no other way to leave one out.
-            records.append((f"{name}:{start}", {k: cell or None for k, cell in zip(header, cells, strict=True)}))
-
-
-def _read_parquet(path: Path, most: int, problems: list[str]) -> tuple[Sequence[Record], int]:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    records = Records()
-    try:
-        memory = MAX_PARQUET[0] + MAX_PARQUET[1] * path.stat().st_size
-        with files.bounded_memory(memory), pq.ParquetFile(path, pre_buffer=False) as file:
-            total = int(file.metadata.num_rows)
-            wanted = min(most or total, total)
-            for batch in file.iter_batches(batch_size=1024, use_threads=False):
-                start = len(records) + 1
-                found = [(f"{path.name}:{i}", fields) for i, fields in enumerate(batch.to_pylist(), start)]
-                records.extend(found[: wanted - len(records)])
-                if len(records) >= wanted:
-                    break
-    except MemoryError:  # Arrow's is an ArrowException, too
-        problems.append(f"{path.name}: needs more than {memory / 1e9:.1f} GB of memory to be read")
-        return [], 0
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        problems.append(f"{path.name}: cannot be read as Parquet: {error}")
-        return [], 0
-    return records, total
-
-
-def read_hub(
-    name: str, config: str | None, split: str, most: int = 0, *, what: str, fix: str, **options: Any
-) -> tuple[str, Sequence[Record], int]:
-    """(source, records, number of records there) of a hub data set, class labels read as their names.
-
-    Args:
-        most: most records, or 0 for all.
-        what, fix: for the error message.
-        options: passed on to `datasets.load_dataset`.
-
-    Raises: `DataError` when it cannot be loaded.
-    """
-    from datasets import load_dataset
-
-    source = f"{name} ({config or 'default'}, {split})"
-    try:
-        table = load_dataset(name, config, split=split, **options)
-    except Exception as error:  # the library raises what it likes, network errors among it
-        raise DataError(
-            f"{what}: cannot load the data set {source}",
-            expected="a data set of the hub, one of its configurations and one of its splits",
-            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
-            fix=fix,
-        ) from None
-    total = len(table)
-    chosen = table.select(range(min(most or total, total)))
-    names = {column: feature for column, feature in table.features.items() if hasattr(feature, "int2str")}
-    records = Records()
-    for number, row in enumerate(chosen, 1):
-        named = {k: _class_name(names[k], v) if k in names else v for k, v in row.items()}
-        records.append((f"{name}:{split}:{number}", named))
-    return source, records, total
-
-
-def _class_name(feature: Any, value: int | None) -> str | None:
-    """The name of a class label; -1 is how the hub writes that there is none."""
-    return None if value is None or value < 0 else str(feature.int2str(value))
-
-
-READERS: dict[str, Reader] = {
-    ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv, ".parquet": _read_parquet,
-}  # fmt: skip
-
-
-def _reader(path: Path, what: str) -> Reader:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(
-            f"{what}: cannot read {path}",
-            expected=f"a file that ends in {', '.join(READERS)}, or hub:owner/name",
-            found=path.suffix or "no suffix",
-            fix="convert it, or rename it if it is one of these",
-        )
-    _must_be_file(path, what)
-    return reader
-
-
-def _must_be_file(path: Path, what: str) -> None:
-    if path.is_file():
-        return
-    folder = path.parent
-    found = f"there is no folder {folder}"
-    if path.exists():
-        found = files.kind(path)
-    elif folder.is_dir():
-        names = sorted(p.name for p in folder.iterdir() if p.is_file())
-        near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:5]
-        found = f"in {folder}: {', '.join(near)}" if near else f"no files in {folder}"
-    raise DataError(
-        f"{what}: there is no file {path}",
-        expected="a file; relative paths start at the recipe's folder",
-        found=found,
-        fix=f"mend {what} in the recipe",
-    )
-
-
-def _bounded(path: Path, most: int, what: str) -> bytes:
-    """The bytes of a file that is not larger than `most`."""
-    with _open(path, what) as file:
-        raw: bytes = file.read(most + 1)
-    if len(raw) > most:
-        raise DataError(f"{what}: {path} is too large", expected=f"at most {most // 1_000_000} MB", fix="split it")
-    return raw
-
-
-def _open(path: Path, what: str) -> Any:
-    try:
-        return files.open_regular(path)
-    except OSError as error:
-        raise DataError(f"{what}: cannot open {path}: {error.strerror}", fix="check its permissions") from None
-
-
-def lines(path: Path, problems: list[str], encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """(number, text) of each line. A line that is too long is left out, and what is not of this encoding is replaced;
-    both are problems, so that no such row gets any further."""
-    with _open(path, path.name) as file:
-        for number in itertools.count(1):
-            raw: bytes = file.readline(MAX_BYTES + 1)
-            if not raw:
-                return
-            if len(problems) >= MAX_PROBLEMS:
-                problems.append(f"{path.name}:{number}: after {MAX_PROBLEMS:,} problems the rest is not read")
-                return
-            if len(raw) > MAX_BYTES:
-                problems.append(f"{path.name}:{number}: line longer than {MAX_BYTES // 1_000_000} MB")
-                while raw and not raw.endswith(b"\n"):
-                    raw = file.readline(MAX_BYTES)
-                continue
-            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw  # byte order mark
-            try:
-                text = raw.decode(encoding)
-            except UnicodeDecodeError as error:
-                problems.append(
-                    f"{path.name}:{number}: not valid {encoding.upper()} at byte {error.start + 1} of the line"
-                )
-                text = raw.decode(encoding, errors="replace")
-            yield number, text
-
-
-def _json(text: str, origin: str, problems: list[str]) -> Any:
-    """The value, or None and a problem more."""
-
-    def once(pairs: list[tuple[str, Any]]) -> Fields:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-            raise ValueError(f"the key {_short(name)} occurs twice")
-        return fields
-
-    try:
-        value = files.parse_json(text, object_pairs_hook=once)
-    except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if "\n" in text else ""
-        problems.append(f"{origin}: not valid JSON{line}, column {error.colno}: {error.msg}")
-    except ValueError as error:
-        problems.append(f"{origin}: not valid JSON: {error}")
-    else:
-        if value is not None:
-            return value
-        problems.append(f"{origin}: expected an object {{...}}, found null")
-    return None
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
@@ -553,32 +290,32 @@ def _problem(value: Any, column: _Column, labels: Sequence[str]) -> str:
     kinds: tuple[type, ...] = (str, int, float) if column.kind in {"value", "answer"} else (str,)
     strange = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
     if strange or not isinstance(value, kinds):
-        return f"expected a text{' or a number' if len(kinds) > 1 else ''}, found {_short(value)}"
+        return f"expected a text{' or a number' if len(kinds) > 1 else ''}, found {readers.short(value)}"
     text = str(value)
     if not text.strip():
         return "the text is empty"
     if any("\ud800" <= c <= "\udfff" for c in text):
-        return f"half of a surrogate pair, which is no character, in {_short(text)}"
+        return f"half of a surrogate pair, which is no character, in {readers.short(text)}"
     if column.kind == "answer" and labels and text not in labels:
-        return f"{_short(text)} is not one of prompt.label_words{_nearest(text, labels)}"
+        return f"{readers.short(text)} is not one of prompt.label_words{_nearest(text, labels)}"
     return ""
 
 
 def _history_problem(value: Any) -> str:
     if not isinstance(value, list) or not value:
-        return f'expected a list of messages [{{"role": "user", "content": "..."}}], found {_short(value)}'
+        return f'expected a list of messages [{{"role": "user", "content": "..."}}], found {readers.short(value)}'
     return "; ".join(f"message {i}: {problem}" for i, m in enumerate(value, 1) for problem in _message_problems(m))
 
 
 def _message_problems(message: Any) -> list[str]:
     if not isinstance(message, dict):
-        return [f"expected an object with role and content, found {_short(message)}"]
+        return [f"expected an object with role and content, found {readers.short(message)}"]
     problems = []
     if message.get("role") not in ROLES:
-        problems.append(f"role: expected one of {', '.join(ROLES)}, found {_short(message.get('role'))}")
+        problems.append(f"role: expected one of {', '.join(ROLES)}, found {readers.short(message.get('role'))}")
     calls = message.get("role") == "assistant" and message.get("tool_calls")  # then there may be no text
     if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
-        problems.append(f"content: expected a text, found {_short(message.get('content'))}")
+        problems.append(f"content: expected a text, found {readers.short(message.get('content'))}")
     return problems
 
 
@@ -609,7 +346,7 @@ class _Keys:
         for place in places[:3]:
             row, text = others.group[place]
             first, _ = self.group[self.firsts[np.searchsorted(self.found, others.all[place])]]
-            shown.append(f"{row.origin} = {first.origin} ({_short(text, 40)})")
+            shown.append(f"{row.origin} = {first.origin} ({readers.short(text, 40)})")
         return "; ".join(shown) + ("; ..." if len(places) > 3 else "")
 
 
@@ -626,14 +363,3 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     more = ", ..." if len(names) > 12 else ""
     return f"; did you mean {close[0]!r}?" if close else f"; there is: {', '.join(names[:12])}{more}"
-
-
-def _short(value: Any, most: int = 60) -> str:
-    if value is None:
-        return "nothing"
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ctxdistill import files
-from ctxdistill.rows import Record
+from ctxdistill.readers import Record
 from ctxdistill.tasks.source import Hub, Local, Source
 from ctxdistill.tasks.task import Pattern, Task
 

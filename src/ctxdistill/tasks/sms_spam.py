@@ -11,7 +11,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctxdistill.rows import Record, Row, lines, query_key
+from ctxdistill.readers import Record, lines
+from ctxdistill.rows import Row, query_key
 from ctxdistill.tasks.source import Hub, Local, Source
 from ctxdistill.tasks.task import Pattern, Task
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ctxdistill.errors import DataError, several
-from ctxdistill.rows import READERS, Reader, Record, Row, lines, read_hub, row_id
+from ctxdistill.readers import READERS, Reader, Record, lines, read_hub
+from ctxdistill.rows import Row, row_id
 
 Choose = Callable[[Sequence[Row]], list[Row]]
 """Which of a split's rows are used, and in which order."""
