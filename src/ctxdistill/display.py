@@ -255,10 +255,11 @@ def grid(out: Console, found: dict[str, Any]) -> None:
 
 def composed(out: Console, path: Path, found: Mapping[str, Any]) -> None:
     """The cross-talk matrix of a sum of adapters, what each of them does alone, the verdict."""
-    shown = crosstalk_table(found) or {"columns": [], "rows": []}
-    columns = [*shown["columns"], *(f"alone: {name} %" for name in found["names"])]
-    alone = [[cells("kl_closed", found["alone"][i][j]) for j in found["names"]] for i in found["names"]]
-    out.print(_columns(columns, [[*row, *more] for row, more in zip(shown["rows"], alone, strict=True)]))
+    if matrix := crosstalk_table(found):
+        out.print(_columns(matrix["columns"], matrix["rows"]))
+        out.print()
+    alone = [[i, *(cells("kl_closed", found["alone"][i][j]) for j in found["names"])] for i in found["names"]]
+    out.print(_columns(["KL closed %, rows of", *(f"by {name} alone" for name in found["names"])], alone))
     out.print()
     verdict = "Good: each context is learnt, and they are kept apart."
     if not found["good"]:

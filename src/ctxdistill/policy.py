@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ctxdistill import processes
+from ctxdistill.caches import Prefix
 from ctxdistill.errors import RunError, TrainError
-from ctxdistill.lm import LM, Prefix
+from ctxdistill.lm import LM
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import CompletionsSection, Recipe, TrainSection
 from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ctxdistill import rows as data
+from ctxdistill.caches import Prefix
 from ctxdistill.chunks import Chunk, quotas, sentences, split_document, words
 from ctxdistill.endpoint import Endpoint
 from ctxdistill.errors import DataError, RunError
-from ctxdistill.lm import LM, Prefix, check_fit
+from ctxdistill.lm import LM, check_fit
 from ctxdistill.prompts import Message, Prompter
 from ctxdistill.recipe import Recipe, SynthesisSection
 from ctxdistill.rows import Row, query_key

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
 import numpy as np
 import torch
 
+from ctxdistill.caches import Prefix
 from ctxdistill.errors import ModelError
-from ctxdistill.lm import LM, Prefix, check_finite, common_prefix
+from ctxdistill.lm import LM, check_finite, common_prefix
 from ctxdistill.prompts import Pair, Prompter, join
 from ctxdistill.recipe import CompletionsSection, Recipe, TargetsSection
 from ctxdistill.rundir import Progress, fingerprint, no_progress
