@@ -69,6 +69,27 @@ def test_generation_equals_one_row_at_a_time(lm: LM) -> None:
         assert lm.generate(prompts, max_new_tokens=6, prefix=prefix) == slow
 
 
+def test_what_is_written_with_equals_reading_it(lm: LM) -> None:
+    prompts = [ids for ids, _ in ROWS]
+    for prefix in (None, lm.prefix(prompts)):
+        written, states = lm.write(prompts, max_new_tokens=5, ends=lambda ids: sum(ids) % 3 == 0, prefix=prefix)
+        with torch.no_grad():
+            read = [lm.hidden([(p + ids, len(ids))])[0] for p, ids in zip(prompts, written, strict=True)]
+        for a, b in zip(read, states, strict=True):
+            torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_many_tokens_are_read_in_parts(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, calls = lm.hidden(ROWS), list[int]()
+    backbone = LM._backbone
+    monkeypatch.setattr(LM, "_backbone", lambda self, **x: calls.append(1) or backbone(self, **x))
+    monkeypatch.setattr("ctxdistill.lm.AT_ONCE", max(len(ids) for ids, _ in ROWS))
+    for a, b in zip(whole, lm.hidden(ROWS), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert len(calls) > 1
+
+
 def test_rows_that_end_early_leave_the_batch(llama: Path) -> None:
     lm = LM.load(ModelSection(name=str(llama)))
     prompts = [ids for ids, _ in ROWS]

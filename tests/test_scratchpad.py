@@ -78,16 +78,16 @@ def test_an_answer_inside_a_token_is_none(job: Path) -> None:
 def written(monkeypatch: pytest.MonkeyPatch, texts: dict[str, str]) -> None:
     """A teacher that says what `texts` has for the word that it is asked for; all others think without an answer."""
 
-    def generate(self: LM, prompts: Any, **_: Any) -> list[list[int]]:
+    def write(self: LM, prompts: Any, **_: Any) -> tuple[list[list[int]], list[torch.Tensor]]:
         rows = []
         for prompt in prompts:
             asked = self.tokenizer.decode(prompt).rsplit("<|user|>", 1)[-1]
             word = asked.split("say ")[-1].split("<")[0].split("\n")[0]
             ids = self.tokenizer(texts.get(word, "hm"), add_special_tokens=False)["input_ids"]
             rows.append([*ids, self.tokenizer.eos_token_id])
-        return rows
+        return rows, []  # no states: all is read
 
-    monkeypatch.setattr(LM, "generate", generate)
+    monkeypatch.setattr(LM, "write", write)
 
 
 @pytest.mark.parametrize("teach", ["answer", "all"])

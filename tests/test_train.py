@@ -270,11 +270,35 @@ def test_labelling_in_pieces_gives_the_same_bits(ready: Ready, tmp_path: Path) -
         assert a.ids == b.ids and torch.equal(a.tensors["hidden"], b.tensors["hidden"])
 
 
+@pytest.mark.parametrize("wrong", [0.0, 0.01])
+def test_what_is_written_is_not_read_again(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    """Unless one row shows that the model's cache gives other states than reading does."""
+    recipe, lm, prompter, data = ready
+    pairs, read = data.pairs["train"], list[int]()
+    write, hidden = LM.write, LM.hidden
+
+    def writing(self: LM, *args: Any, **how: Any) -> Any:
+        ids, states = write(self, *args, **how)
+        return ids, [s * (1 + wrong) for s in states]
+
+    monkeypatch.setattr(LM, "write", writing)
+    monkeypatch.setattr(LM, "hidden", lambda self, rows, *a: read.append(len(rows)) or hidden(self, rows, *a))
+    made = label(lm, prompter, pairs, recipe, TargetStore(tmp_path / "a"))
+    assert sum(read) == 1 + (len(pairs) if wrong else 0)
+    monkeypatch.undo()
+    with torch.no_grad():
+        for pair, (target,) in zip(pairs, made, strict=True):
+            (states,) = lm.hidden([join(pair.teacher, target.ids)])
+            torch.testing.assert_close(target.tensors["hidden"], states, atol=1e-4, rtol=1e-4)
+
+
 def test_the_teacher_is_asked_once(ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, lm, prompter, data = ready
     label(lm, prompter, data.pairs["train"], recipe, TargetStore(tmp_path / "a"))
     monkeypatch.setattr(LM, "hidden", None)
-    monkeypatch.setattr(LM, "generate", None)
+    monkeypatch.setattr(LM, "write", None)
     again = label(lm, prompter, data.pairs["train"], recipe, TargetStore(tmp_path / "a"))
     assert len(again) == len(data.pairs["train"])
     other = recipe.model_copy(update={"completions": recipe.completions.model_copy(update={"max_new_tokens": 5})})

@@ -54,6 +54,8 @@ from ctxdistill.weights import (
 
 WORTH_SHARING = 8
 """A shared start below this part of the rows saves less than attention without one, in a single fused kernel, does."""
+AT_ONCE = 2**14
+"""Tokens of rows that are read in one forward pass without a gradient; more of them are no faster and take memory."""
 PAD = 0  # padding is masked everywhere, so any id that has an embedding will do; a tokenizer's own may have none
 
 
@@ -209,6 +211,12 @@ class LM:
         self._backbone(input_ids=torch.tensor([ids], device=self.device), cache=cache, use_cache=True)
         return Prefix(tuple(ids), tuple((layer.keys, layer.values) for layer in cache.layers))
 
+    @property
+    def rounding(self) -> float:
+        """How much states may differ that were computed in two ways, as a share of the largest."""
+        exact = self.model.dtype == torch.float32 and self.info.get("quantize") != "8bit"  # LLM.int8 rounds activations
+        return 1e-4 if exact else 5e-2
+
     @functools.cached_property
     def can_pack(self) -> bool:
         """Whether the model computes the same for packed rows as for padded ones: tried once, on a few tokens of the
@@ -222,9 +230,7 @@ class LM:
             with torch.no_grad():
                 for shared in (None, prefix):
                     slow, fast = self._padded(rows, shared), self._packed(rows, shared)
-                    scale = max(h.abs().max().item() for h in slow)
-                    exact = self.model.dtype == torch.float32 and self.info.get("quantize") != "8bit"
-                    limit = scale * (1e-4 if exact else 5e-2)  # LLM.int8 rounds activations
+                    limit = self.rounding * max(h.abs().max().item() for h in slow)
                     if any((a - b).abs().max() > limit for a, b in zip(slow, fast, strict=True)):
                         return False
         except (CannotPackError, AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError):
@@ -244,6 +250,10 @@ class LM:
 
         Returns: one [T, d] tensor per row; entry t predicts completion token t.
         """
+        before = len(prefix.ids) if prefix else 0
+        if not torch.is_grad_enabled() and len(rows) > 1 and sum(len(ids) - before for ids, _ in rows) > AT_ONCE:
+            half = len(rows) // 2
+            return self.hidden(rows[:half], prefix) + self.hidden(rows[half:], prefix)
         if own := self.cartridge():
             rows, prefix = [((*own.ids, *ids), n) for ids, n in rows], own
         # a checkpointed layer is computed again in the backward pass, when the layout of the pack is gone
@@ -305,8 +315,12 @@ class LM:
         ).last_hidden_state  # [B, L, d]
         return [out[i, len(body) - n : len(body)] for i, (body, (_, n)) in enumerate(zip(bodies, rows, strict=True))]
 
+    def generate(self, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[int]]:
+        """The ids that `write` gives."""
+        return self.write(prompts, **how)[0]
+
     @torch.no_grad()
-    def generate(
+    def write(
         self,
         prompts: Sequence[Sequence[int]],
         *,
@@ -316,12 +330,15 @@ class LM:
         seeds: Sequence[int] = (),
         prefix: Prefix | None = None,
         on_token: Callable[[int], None] | None = None,
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], list[torch.Tensor]]:
         """Continue each prompt until `ends(ids so far)` (default: the last one is a stop token; it is kept) or
         `max_new_tokens`.
 
         Rows are sampled with a generator of their own (`seeds`), so a row's text does not depend on its batch.
         `on_token` is told each token of the first row as it comes.
+
+        Returns: the ids of each row; and the states that they were chosen from, one [T, d] per row, which are what `hidden` gives
+            for prompt and ids, up to rounding.
         """
         ends = ends or (lambda ids: ids[-1] in self.stop_ids)
         if own := self.cartridge():
@@ -336,13 +353,15 @@ class LM:
         sharable = all(type(layer) is RoomyLayer for layer in cache.layers)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds] if temperature > 0 else []
         written: list[list[int]] = [[] for _ in prompts]
+        states: list[list[torch.Tensor]] = [[] for _ in prompts]
         alive = list(range(len(prompts)))  # rows of the batch that still write
         for _ in range(max_new_tokens):
             with self._behind(prefix, mask, ids.shape[1]) as seen:
                 out = self._backbone(
                     input_ids=ids, attention_mask=seen, position_ids=positions, cache=cache, use_cache=True
                 )
-            logits = self.head(out.last_hidden_state[:, -1])  # [B, V]
+            last = out.last_hidden_state[:, -1]  # [B, d]
+            logits = self.head(last)  # [B, V]
             check_finite(logits.amax(-1), "the next-token logits")
             if temperature > 0:
                 probabilities = (logits / temperature).softmax(-1).cpu()  # [B, V]
@@ -352,9 +371,10 @@ class LM:
                 chosen = torch.cat(rows).tolist()
             else:
                 chosen = logits.argmax(-1).tolist()
-            for row, token in zip(alive, chosen, strict=True):
+            for row, token, state in zip(alive, chosen, last, strict=True):
                 if not (written[row] and ends(written[row])):
                     written[row].append(token)
+                    states[row].append(state)
                     if row == 0 and on_token:
                         on_token(token)
             keep = [i for i, row in enumerate(alive) if not ends(written[row])]
@@ -368,7 +388,7 @@ class LM:
             ids = torch.tensor(chosen, device=self.device)[:, None]  # [B, 1]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
             positions = positions[:, -1:] + 1
-        return written
+        return written, [torch.stack(row) for row in states]
 
     def _row_caches(self, prefix: Prefix | None, batch: int) -> DynamicCache:
         """A cache for each of `batch` rows: empty, where the prefix can stay where it is, or with a copy of it."""

@@ -125,6 +125,7 @@ class Labelling:
         self.lm, self.prompter, self.pairs, self.written, self.whole = lm, prompter, pairs, written, whole
         self.completions, self.kind = completions or recipe.completions, kind or recipe.targets
         self.prefix, self.given, self.ask = prefix, prefix is not None, ask
+        self.caches_well: bool | None = None  # not tried yet
         self.read: int | None = None  # the part whose start `prefix` is
         self.base = self._base()
         self.seed = recipe.train.seed if self.completions.temperature > 0 else 0
@@ -246,8 +247,9 @@ class Labelling:
         )
 
     def _label(self, jobs: Sequence[Job]) -> list[Target]:
-        """The targets of a batch, in one forward."""
+        """The targets of a batch: what is written is read once, while it is written."""
         lm, prompter, completions = self.lm, self.prompter, self.completions
+        states: list[torch.Tensor] = []
         prompts: list[Sequence[int]] = [job.pair.teacher for job in jobs]
         given = [job.ids for job in jobs if job.ids is not None]
         if given:  # of one source: all of them or none
@@ -259,7 +261,7 @@ class Labelling:
             ids = [words[i] for i in scores.argmax(1).tolist()]
         else:
             seeds = [int(fingerprint([self.seed, job.key])[:15], 16) for job in jobs]
-            written = lm.generate(
+            written, states = lm.write(
                 prompts,
                 max_new_tokens=completions.max_new_tokens,
                 ends=prompter.ends,
@@ -270,11 +272,23 @@ class Labelling:
             ids = [tuple(row) for row in written]
             if completions.extract:
                 prompts, ids = self._answers(prompts, ids)
+                states = []
         found = [i for i, c in enumerate(ids) if c]
-        hidden = lm.hidden([join(prompts[i], ids[i]) for i in found], self.prefix) if found else []
+        if states and self._agree(join(prompts[0], ids[0]), states[0]):
+            hidden = states
+        else:
+            hidden = lm.hidden([join(prompts[i], ids[i]) for i in found], self.prefix) if found else []
         check_teacher(lm, [jobs[i] for i in found], hidden)
         kept = {i: keep(lm, h, self.kind) for i, h in zip(found, hidden, strict=True)}
         return [Target(job.key, c, kept.get(i, {})) for i, (job, c) in enumerate(zip(jobs, ids, strict=True))]
+
+    def _agree(self, row: tuple[Sequence[int], int], states: torch.Tensor) -> bool:
+        """Whether the states [T, d] that a row was written with are those of reading it. One row is tried: what could be wrong is
+        how a model's cache works, which is the same for all."""
+        if self.caches_well is None:
+            read = self.lm.hidden([row], self.prefix)[0]
+            self.caches_well = bool((read - states).abs().max() <= self.lm.rounding * read.abs().max())
+        return self.caches_well
 
     def _answers(
         self, prompts: Sequence[Sequence[int]], written: Sequence[tuple[int, ...]]
