@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ import tiny
 ROWS, EPOCHS = 40, 3
 PAUSE = 0.03
 """Most seconds between a step and the kill: about what a step takes, so that a kill comes anywhere in it."""
+PATIENCE = 120.0
+"""Seconds after which a command that does not get so far is killed all the same."""
 COMPARED = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "scores.jsonl")
 KINDS: dict[str, dict[str, Any]] = {"off-policy": {}, "on-policy": {"on_policy": 0.5, "round_steps": 4}}
 
@@ -61,28 +63,43 @@ def steps(run: Path) -> list[int]:
     return [line["step"] for line in found if line["event"] == "step"]
 
 
-def start(arguments: list[Any], folder: Path) -> subprocess.Popen[str]:
-    """`ctxdistill ARGUMENTS`, on one thread: the machine is shared with whoever watches it."""
-    command = [sys.executable, "-m", "ctxdistill.cli", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+class Child:
+    """A process; `tests/forks.py` has a quicker kind."""
+
+    def __init__(self, arguments: Sequence[Any], cwd: Path) -> None:
+        command = [sys.executable, "-m", "ctxdistill.cli", *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # so that others can use the machine, too
+        self.process = subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> tuple[int, str]:
+        """(exit code, or minus the signal that ended it, what it said)."""
+        said, _ = self.process.communicate()
+        return self.process.returncode, said
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """(exit code, or minus the signal that ended it, what it said)."""
-    said, _ = process.communicate()
-    return process.returncode, said
+class Shell:
+    """Starts `ctxdistill ARGUMENTS` as a process of its own."""
+
+    def start(self, arguments: Sequence[Any], cwd: Path) -> Child:
+        return Child(arguments, cwd)
+
+    def run(self, arguments: Sequence[Any], cwd: Path) -> tuple[int, str]:
+        return self.start(arguments, cwd).wait()
 
 
-def kill(child: subprocess.Popen[str], run: Path, after: int, seconds: float) -> dict[str, Any] | None:
+def kill(child: Any, run: Path, after: int, seconds: float) -> dict[str, Any] | None:
     """Kill a command so many seconds after it got so far, and say what it was at; None where it had its adapter."""
-    while progress(run) < after and not (run / "adapter").exists() and child.poll() is None:
+    latest = time.monotonic() + PATIENCE
+    while progress(run) < after and not (run / "adapter").exists() and time.monotonic() < latest:
         time.sleep(0.001)
     time.sleep(seconds)
-    child.kill()
-    code, _ = finish(child)
+    child.send(signal.SIGKILL)
+    code, _ = child.wait()
     if code != -signal.SIGKILL or (run / "adapter").exists():
         return None
     return {
@@ -99,18 +116,18 @@ def bits(run: Path) -> str:
     return hashlib.sha256(b"".join((run / name).read_bytes() for name in COMPARED)).hexdigest()[:12]
 
 
-def straight(folder: Path, kind: str, recipe: Path) -> tuple[str, int]:
+def straight(shell: Any, folder: Path, kind: str, recipe: Path) -> tuple[str, int]:
     """(bits, number of shards and steps) of a run that nobody disturbs, in the folder `kind`."""
-    code, said = finish(start(["distill", recipe, "--out", folder / kind], folder))
+    code, said = shell.run(["distill", recipe, "--out", folder / kind], folder)
     if code:
         raise RuntimeError(said)
     return bits(folder / kind), progress(folder / kind)
 
 
-def moments(folder: Path, recipes: dict[str, Path], count: int, seed: int) -> Iterator[dict[str, Any]]:
+def moments(shell: Any, folder: Path, recipes: dict[str, Path], count: int, seed: int) -> Iterator[dict[str, Any]]:
     """What became of `count` runs that were killed and resumed; the kinds take turns."""
     draw, late = random.Random(seed), 0
-    expected = {kind: straight(folder, kind, recipe) for kind, recipe in recipes.items()}
+    expected = {kind: straight(shell, folder, kind, recipe) for kind, recipe in recipes.items()}
     for number in range(count):
         kind = list(recipes)[number % len(recipes)]
         command = ["distill", recipes[kind], "--out", folder / "run"]
@@ -118,9 +135,9 @@ def moments(folder: Path, recipes: dict[str, Path], count: int, seed: int) -> It
         while not found:
             shutil.rmtree(folder / "run", ignore_errors=True)
             moment = draw.randrange(1, expected[kind][1]), draw.random() * PAUSE
-            found = kill(start(command, folder), folder / "run", *moment)
+            found = kill(shell.start(command, folder), folder / "run", *moment)
             late += not found
-        code, said = finish(start([*command, "--resume"], folder))
+        code, said = shell.run([*command, "--resume"], folder)
         same = code == 0 and bits(folder / "run") == expected[kind][0]
         yield {"kind": kind, **found, "same": same, "late": late, "said": said}
 
@@ -134,7 +151,7 @@ def main() -> int:
     different, found = 0, {"late": 0}
     with tempfile.TemporaryDirectory() as place:
         print(f"{'moment':>6} {'kind':<10} {'killed in':<9} shards  step  checkpoint  half-written  bits")
-        for number, found in enumerate(moments(Path(place), job(Path(place)), asked.moments, asked.seed), 1):
+        for number, found in enumerate(moments(Shell(), Path(place), job(Path(place)), asked.moments, asked.seed), 1):
             print(
                 f"{number:6} {found['kind']:<10} {found['stage']:<9} {found['shards']:6} {found['step']:5} "
                 f"{found['checkpoint']:11} {found['half']:13}  {'same' if found['same'] else 'DIFFERENT'}",

@@ -192,6 +192,8 @@ def score_arm(
     """One score per row; see `docs/concepts.md` for what each number is."""
     metrics = metrics_of(recipe, pairs)
     batch = recipe.targets.batch_size
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].teacher))  # a batch is padded to its longest row
+    pairs, targets = [pairs[i] for i in order], [targets[i] for i in order]
     scores: list[Score] = []
     with lm.adapter(arm == "distilled"):
         prompts = Lazy.over(pairs, lambda pair: pair.teacher if arm == "in_context" else pair.student)
@@ -225,7 +227,7 @@ def score_arm(
                     score["greedy"] = text
                 scores.append(score)
             progress(f"evaluate {arm.replace('_', '-')}", len(scores), len(pairs))
-    return scores
+    return [scores[place] for place in np.argsort(order)]
 
 
 def fidelity(lm: LM, prompter: Prompter, target: Target, hidden: torch.Tensor | None) -> Score:

@@ -245,7 +245,7 @@ class Flash(torch.autograd.Function):
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Shapes as in `_attend`; `mask` [R, 1, M, L] is added to scores of rows with themselves, None: none of later keys."""
-        own, logs = FLASH(*_with_itself(q, k, v), 0.0, mask is None, attn_mask=_for_heads(mask, q), scale=1.0)
+        own, logs = FLASH(*_with_itself(q, k, v, mask), 0.0, mask is None, attn_mask=_for_heads(mask, q), scale=1.0)
         out: torch.Tensor = own.reshape(q.shape)
         total: torch.Tensor = logs.reshape(q.shape[:-1])
         if start_k.shape[1]:
@@ -265,8 +265,8 @@ class Flash(torch.autograd.Function):
             gradient, found, logs = (x.reshape(*part[0].shape[:3], *x.shape[4:]) for x in (gradients[0], out, total))
             return list(FLASH_BACKWARD(gradient, *part, found, logs, 0.0, causal, attn_mask=added, scale=1.0))
 
-        to_q, *own = back(_with_itself(q, k, v), mask is None, _for_heads(mask, q))
-        to_k, to_v = (x.reshape(*q.shape[:3], *k.shape[2:]).sum(2) for x in own)
+        to_q, *own = back(_with_itself(q, k, v, mask), mask is None, _for_heads(mask, q))
+        to_k, to_v = (x.reshape(*q.shape[:2], -1, *k.shape[2:]).sum(2) for x in own)
         to_q = to_q.reshape(q.shape)
         if not start_k.shape[1]:
             return to_q, to_k, to_v, None, None, None
@@ -274,9 +274,12 @@ class Flash(torch.autograd.Function):
         return to_q + more.reshape(q.shape), to_k, to_v, to_start_k[0], to_start_v[0], None
 
 
-def _with_itself(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Part:
-    """Each row with itself, as a kernel takes it: [K R, G, M, D] and twice [K R, G, L, D]."""
+def _with_itself(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> Part:
+    """Each row with itself, as a kernel takes it: with a mask, the heads of a group are positions of one head, [K R, 1, G M, D]
+    and twice [K R, 1, L, D]; a kernel that masks what comes later must see positions as they are, [K R, G, M, D], keys alike."""
     kv, r, group, m, size = q.shape
+    if mask is not None:
+        return q.reshape(kv * r, 1, group * m, size), k.reshape(kv * r, 1, -1, size), v.reshape(kv * r, 1, -1, size)
     keys, values = (x[:, :, None].expand(kv, r, group, -1, size).reshape(kv * r, group, -1, size) for x in (k, v))
     return q.reshape(kv * r, group, m, size), keys, values
 
@@ -287,8 +290,8 @@ def _with_start(q: torch.Tensor, start_k: torch.Tensor, start_v: torch.Tensor) -
 
 
 def _for_heads(mask: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
-    """[R, 1, M, L] -> [K R, 1, M, L]."""
-    return None if mask is None else mask.repeat(len(q), 1, 1, 1)
+    """[R, 1, M, L] -> [K R, 1, G M, L]."""
+    return None if mask is None else mask.repeat(q.shape[0], 1, q.shape[2], 1)
 
 
 def _in_pieces(

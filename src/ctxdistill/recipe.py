@@ -255,8 +255,8 @@ class TargetsSection(Section):
     """Folder of the target store. Unset: `targets/` in the run folder. Shared between runs, it saves asking the teacher twice.
     Below the recipe's folder or the working directory."""
     batch_size: Positive = 32
-    """Rows per teacher forward pass (fewer where they are long), and per generation and evaluation batch. Part of what makes a run bit for bit
-    repeatable."""
+    """Rows per teacher forward pass (fewer where they are long), and per generation and evaluation batch. Part of what makes
+    a run bit for bit repeatable."""
 
 
 class TeacherSection(Section):
