@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,10 +107,8 @@ def cost(recipe: Recipe, table: dict[str, Any], seconds: dict[str, float], token
     }
 
 
-def notes(
-    lm: LM, prompter: Prompter, rows: Data, examples: Sequence[Example], recipe: Recipe, run_state: State
-) -> list[str]:
-    """What a reader of the results must know."""
+def notes(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data, training: Mapping[str, Any]) -> list[str]:
+    """What a reader of the results must know. `training` is the `summary`."""
     found = [*lm.notes, *prompter.template_notes()]
     if n := rows.counts.get("turns_without_text"):
         found.append(f"{n} assistant's turns hold a tool call and no text, and are not taught")
@@ -118,15 +116,15 @@ def notes(
         found.append(f"{n} rows with a repeated query were dropped")
     if n := rows.counts["left_out_by_limit"]:
         found.append(f"{n} rows were left out by a limit in the recipe")
-    if n := truncated(recipe, prompter, examples):
+    if n := training["truncated_completions"]:
         found.append(
-            f"{n} of {len(examples)} training completions reached max_new_tokens = {recipe.completions.max_new_tokens} without an end"
+            f"{n} of {training['train_rows']} training completions reached max_new_tokens = {recipe.completions.max_new_tokens} without an end"
         )
-    if (mass := captured_mass(Lazy.over(examples, lambda e: e.target))) is not None:
+    if (mass := training["topk_mass"]) is not None:
         found.append(
             f"top-{recipe.targets.k} targets hold {100 * mass:.1f} % of the teacher's probability; the rest is one bucket"
         )
-    if run_state.best_step == 0 and recipe.train.validation:
+    if training["best_step"] == 0 and recipe.train.validation:
         found.append("training never lowered the held-out loss: the adapter that was kept is the untrained one")
     if recipe.model.trust_remote_code:
         found.append("the model ran code of its own (trust_remote_code)")

@@ -346,7 +346,7 @@ def conclude(
     result |= {
         "cost": cost(recipe, result["table"], seconds, tokens),
         "notes": [
-            *notes(lm, prompter, rows, examples, recipe, state),
+            *notes(recipe, lm, prompter, rows, result["training"]),
             *acceptance(taught.judged),
             *ran(recipe, result),
             *engines.notes(run),
