@@ -118,7 +118,8 @@ def notes(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data, training: Mapp
         found.append(f"{n} rows were left out by a limit in the recipe")
     if n := training["truncated_completions"]:
         found.append(
-            f"{n} of {training['train_rows']} training completions reached max_new_tokens = {recipe.completions.max_new_tokens} without an end"
+            f"{n} of {training['train_rows']} training completions reached "
+            f"max_new_tokens = {recipe.completions.max_new_tokens} without an end"
         )
     if (mass := training["topk_mass"]) is not None:
         found.append(
