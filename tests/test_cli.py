@@ -354,12 +354,34 @@ def test_progress_lines_when_nobody_watches(monkeypatch: pytest.MonkeyPatch, cap
         watcher("teacher", 1, 1)  # the same stage on other rows
     assert said == [
         "loading",
-        "train (loss 1.1): 11/40 in 10 s, 1.1/s, 26 s left",
-        "train (loss 2.1): 21/40 in 20 s, 1.1/s, 18 s left",
-        "train (loss 2.5): 25/40 in 24 s, 1.0/s, 14 s left",
+        "train (loss 1.1): 11/40 in 11 s, 1.0/s, 29 s left",
+        "train (loss 2.1): 21/40 in 21 s, 1.0/s, 19 s left",
+        "train (loss 2.5): 25/40 in 25 s, 1.0/s, 15 s left",
         "evaluate zero-shot: 3/3 in 0 s",
     ]
-    assert capfd.readouterr().err.splitlines() == ["teacher: 2/2 in 0 s", "teacher: 1/1 in 0 s"]
+    assert capfd.readouterr().err.splitlines() == ["teacher: 2/2 in 0 s", "teacher: 1/1 in 5 s"]
+
+
+def test_what_was_done_before_makes_no_stage_look_fast(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run that goes on, and rounds in between."""
+    now = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    with display.Watcher("loading") as watcher:
+        for done in (101, 102, 103, 104):
+            now[0] += 4.0
+            watcher("train (loss 1.0)", done, 200)
+        watcher("student (round 2)", 8, 8)
+        for done in (105, 106, 107, 108):
+            now[0] += 4.0
+            watcher("train (loss 1.0)", done, 200)
+    assert capfd.readouterr().err.splitlines() == [
+        "loading",
+        "train (loss 1.0): 104/200 in 16 s, 4.0 s each, 6.4 min left",
+        "student (round 2): 8/8 in 0 s",
+        "train (loss 1.0): 108/200 in 16 s, 4.0 s each, 6.1 min left",
+    ]
 
 
 def in_terminal(code: str, columns: int, tmp_path: Path) -> str:

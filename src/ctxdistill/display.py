@@ -93,7 +93,8 @@ class Watcher:
         self._tasks: dict[str, TaskID] = {}
         self._done: dict[str, int] = {}
         self._name, self._state, self._printed = "", ("", 0, 0), True
-        self._began = self._last = time.monotonic()
+        self._began = self._last = self._called = time.monotonic()
+        self._first_call = (self._called, 0)  # of the stage: when, and how much was done
 
     def __enter__(self) -> Watcher:
         logging.getLogger("ctxdistill").addHandler(self._log)
@@ -131,9 +132,10 @@ class Watcher:
             return
         if again or name != self._name:
             self._line()  # a stage that ended early, too, has its last line
-            self._name, self._began, self._last = name, time.monotonic(), time.monotonic()
-        self._state, self._printed = (stage, done, total), False
-        if done >= total or time.monotonic() - self._last >= QUIET:
+            now = time.monotonic()
+            self._name, self._began, self._last, self._first_call = name, self._called, now, (now, done)
+        self._state, self._printed, self._called = (stage, done, total), False, time.monotonic()
+        if done >= total or self._called - self._last >= QUIET:
             self._line()
 
     def _forget_first(self) -> None:
@@ -143,10 +145,12 @@ class Watcher:
     def _line(self) -> None:
         if self._printed:
             return
-        (stage, done, total), seconds = self._state, time.monotonic() - self._began
-        text = f"{stage}: {done}/{total} in {seconds:.0f} s"
-        text += f", {done / seconds:.1f}/s" if seconds >= 1 else ""
-        text += f", {duration(seconds / done * (total - done))} left" if 0 < done < total and seconds >= 1 else ""
+        (stage, done, total), (since, first) = self._state, self._first_call
+        text = f"{stage}: {done}/{total} in {self._called - self._began:.0f} s"
+        if self._called - since >= 1 and done > first:  # a stage may begin, or go on, with much done already
+            each = (self._called - since) / (done - first)
+            text += f", {1 / each:.1f}/s" if each <= 1 else f", {each:.1f} s each"
+            text += f", {duration(each * (total - done))} left" if done < total else ""
         self.err.print(plain(text), soft_wrap=True)
         self._printed, self._last = True, time.monotonic()
 
