@@ -288,6 +288,11 @@ def test_contradictions_are_refused(job: Path, values: dict[str, Any], said: str
         Recipe.from_dict(tiny.recipe_dict(job, **values), base_dir=job)
 
 
+def test_it_can_be_switched_off_in_a_recipe_that_has_it(job: Path) -> None:
+    raw = tiny.recipe_dict(job, train={"on_policy": 0.0, "on_policy_ramp": 0.5, "round_steps": 3})
+    assert Recipe.from_dict(raw, base_dir=job).train.on_policy == 0
+
+
 def test_what_the_student_may_write_must_fit(job: Path) -> None:
     raw = tiny.recipe_dict(job, completions={"source": "data", "max_new_tokens": 480})
     prepare(Recipe.from_dict(raw, base_dir=job))

@@ -678,7 +678,8 @@ class Recipe(Section):
                 "train.shard: completions of the student's (train.on_policy) are written by the first process alone, which "
                 "then holds only a part of the weights; drop one"
             )
-        if not self.train.on_policy and (self.train.on_policy_ramp or self.train.round_steps):
+        off = not self.train.on_policy and "on_policy" not in self.train.model_fields_set  # else it was switched off
+        if off and (self.train.on_policy_ramp or self.train.round_steps):
             problems.append("train.on_policy_ramp and train.round_steps need train.on_policy above 0")
         if not self.completions.supervise_end and self.train.on_policy:
             problems.append(
