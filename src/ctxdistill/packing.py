@@ -30,9 +30,10 @@ FEW = 128
 """Keys of a token, below which all scores at once are as fast as the flash kernel called twice."""
 KEPT = 2**22
 """Scores of a layer that are kept for the backward pass."""
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-"""What `scaled_dot_product_attention` calls on a CPU; called here because that does not give the logarithms."""
+FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+FLASH_BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+"""What `scaled_dot_product_attention` calls on a CPU; called here because that does not give the logarithms. None, should a
+version of PyTorch have another."""
 Layers = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Tree = Sequence[tuple[int, int]]
@@ -219,7 +220,7 @@ def _behind(
     dropout: float,
 ) -> torch.Tensor:
     """Rows with themselves and with a shared start, as `_attend`: by the flash kernel where that can do it and pays."""
-    if q.device.type == "cpu" and not dropout and k.shape[2] + start_k.shape[1] >= FEW:
+    if FLASH and FLASH_BACKWARD and q.device.type == "cpu" and not dropout and k.shape[2] + start_k.shape[1] >= FEW:
         mask = None if hidden is None else hidden[0].to(q.dtype) * torch.finfo(q.dtype).min
         made: torch.Tensor = Flash.apply(q, k, v, start_k, start_v, mask)  # type: ignore[no-untyped-call]
         return made
