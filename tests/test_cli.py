@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import typer
 
 import ctxdistill
+import tiny
 from ctxdistill import cli, display
 from ctxdistill.errors import GateError
 from ctxdistill.recipe import Recipe
@@ -360,6 +363,29 @@ def test_progress_lines_when_nobody_watches(monkeypatch: pytest.MonkeyPatch, cap
         "evaluate zero-shot: 3/3 in 0 s",
     ]
     assert capfd.readouterr().err.splitlines() == ["teacher: 2/2 in 0 s", "teacher: 1/1 in 5 s"]
+
+
+def test_an_interrupt_that_a_finalizer_swallows_comes_again(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python reports an exception of a finalizer, and goes on."""
+    reached: list[str] = []
+
+    class Last:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    def distil(*_: object, progress: Any, **__: object) -> None:
+        last = Last()
+        del last
+        reached.append("after the signal")
+        progress("train", 1, 2)
+        reached.append("after the progress")
+
+    monkeypatch.setattr("ctxdistill.pipeline.distill", distil)
+    monkeypatch.setattr(sys, "unraisablehook", lambda *_: None)
+    recipe = tiny.write_recipe(job / "recipe.toml", tiny.recipe_dict(job))
+    assert cli.main(["distill", str(recipe), "--out", str(job / "run")]) == 130
+    assert reached == ["after the signal"]
 
 
 def test_what_was_done_before_makes_no_stage_look_fast(

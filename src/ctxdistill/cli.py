@@ -602,10 +602,11 @@ def _work(
         )
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_terminable())
+            watcher = display.Watcher(first)
+            stack.enter_context(_stoppable(watcher))
             if as_json:
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-            yield stack.enter_context(display.Watcher(first))
+            yield stack.enter_context(watcher)
     except KeyboardInterrupt:
         raise Interrupted(stopped) from None
 
@@ -616,16 +617,24 @@ def _again(*words: str) -> str:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Inside, SIGTERM stops as Ctrl-C does, unless somebody has given it another meaning."""
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _stoppable(watcher: display.Watcher) -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM raise a KeyboardInterrupt, and again at the next progress: one that is raised while Python runs a
+    finalizer is lost. A signal to which somebody has given another meaning keeps it."""
+
+    def stop(*_: object) -> None:
+        watcher.stopped = True
+        raise KeyboardInterrupt
+
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    main = threading.current_thread() is threading.main_thread()
+    ours = {number: handler for number, handler in usual.items() if main and signal.getsignal(number) == handler}
+    for number in ours:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 def _finish(path: Path, evaluation: dict[str, Any], as_json: bool) -> None:

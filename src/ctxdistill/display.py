@@ -86,6 +86,8 @@ class Watcher:
     """
 
     def __init__(self, first: str) -> None:
+        self.stopped = False
+        """Whether the user has asked to stop; then the next call raises KeyboardInterrupt."""
         self.err = console(stderr=True)
         self._first = first
         self._log = _Log(self.err)
@@ -121,6 +123,8 @@ class Watcher:
             self._bar.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
         name = stage.partition(" (")[0]
         again = done < self._done.get(name, 0)  # the same stage, on other rows
         self._done[name] = done
