@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 import tiny
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background with it ignored
 
 
 LONG = {"test_processes.py": 0, "test_demo.py": 1, "test_faults.py": 2, "test_pipeline.py": 3, "test_cells.py": 4}
