@@ -238,7 +238,7 @@ class ShardFile:
             raise ValueError(
                 f"{count:,} rows of {name} in {end - first:,} bytes, asked for {place.length} from {place.start}"
             )
-        found = torch.empty(place.length, *shape, dtype=dtype)  # aligned: products of matrices round by where they lie
+        found = torch.empty(place.length, *shape, dtype=dtype)
         into = memoryview(found.view(-1).view(torch.uint8).numpy().data)
         if os.preadv(self.file.fileno(), [into], self.data + first + place.start * width) != len(into):
             raise ValueError(f"{name} is cut off")

@@ -197,9 +197,7 @@ class Labelling:
     ) -> Sequence[list[Target]]:
         """Label all that is missing in `store`; the targets of each pair."""
         store.note_used(self.keys)  # before, so that nobody drops the first ones while the last ones are labelled
-        with contextlib.closing(
-            self.run(store)
-        ) as labelling:  # closed at once after an error, which keeps what was told
+        with contextlib.closing(self.run(store)) as labelling:  # after an error at once, which keeps what was told
             for done in labelling:
                 progress(stage, done, len(self.keys))
         return self.targets(store)
