@@ -242,7 +242,8 @@ class LM:
             self.notes.append(text)
 
     def hidden(self, rows: Sequence[tuple[Sequence[int], int]], prefix: Prefix | None = None) -> list[torch.Tensor]:
-        """Final hidden states at the positions that predict the last tokens of each row, in one forward pass.
+        """Final hidden states at the positions that predict the last tokens of each row, in one forward pass; without a
+        gradient in as many as keep each below `AT_ONCE` tokens.
 
         Args:
             rows: (ids, T) pairs; the last T ids of each are the completion.
@@ -360,7 +361,7 @@ class LM:
                 out = self._backbone(
                     input_ids=ids, attention_mask=seen, position_ids=positions, cache=cache, use_cache=True
                 )
-            last = out.last_hidden_state[:, -1]  # [B, d]
+            last = out.last_hidden_state[:, -1].clone()  # [B, d]; a view would keep the states of all prompts
             logits = self.head(last)  # [B, V]
             check_finite(logits.amax(-1), "the next-token logits")
             if temperature > 0:
