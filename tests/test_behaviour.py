@@ -103,6 +103,20 @@ def test_numbers_equal_the_slow_way(ready: Ready, tmp_path: Path) -> None:
     assert points[1.0]["unrelated_kl"]["mean"] == pytest.approx(found["unrelated"]["kl"]["mean"])
 
 
+@pytest.mark.parametrize(("unrelated", "rows", "told"), [(4, 0, [(1, 1)]), (0, 2, [(1, 3), (2, 3), (3, 3)])])
+def test_progress_ends_with_the_last_check(
+    ready: Ready, tmp_path: Path, unrelated: int, rows: int, told: list[tuple[int, int]]
+) -> None:
+    recipe, lm, prompter, data = ready
+    some = recipe.behaviour.model_copy(update={"unrelated": unrelated, "rows": rows, "strengths": [1.0]})
+    asked: list[tuple[int, int]] = []
+    behaviour(
+        recipe.model_copy(update={"behaviour": some}), lm, prompter, data, TargetStore(tmp_path / "t"),
+        progress=lambda stage, done, total: asked.append((done, total)) if stage == "behaviour" else None,
+    )  # fmt: skip
+    assert asked == told
+
+
 def test_the_untrained_adapter_changes_nothing(job: Path) -> None:
     recipe = Recipe.from_dict(tiny.recipe_dict(job, behaviour=CHECKS), base_dir=job)
     lm, prompter, data = prepare(recipe)

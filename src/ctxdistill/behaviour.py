@@ -37,31 +37,32 @@ def behaviour(
     plain = unrelated(prompter, generic.HELD_OUT[: b.unrelated])
     plain = [pair for pair in plain if len(pair.teacher) + TOKENS <= lm.window]  # their number is reported
     theirs = check.base(plain, TOKENS) if plain else []
-    if plain:
-        progress("behaviour", 0, 4)
-        found["unrelated"] = check.compare(plain, theirs)
     pairs = rows.pairs["eval"][: b.rows]
+    first = int(bool(plain))
+    checks = first + (3 if pairs else 0)
+    if plain:
+        found["unrelated"] = check.compare(plain, theirs)
+        progress("behaviour", first, checks)
     if not pairs:
         return found
     targets = teacher_targets(lm, prompter, pairs, recipe, store)
     found["rows"] = len(pairs)
     with lm.adapter(False):
         base = check.scores(pairs, targets)
-    progress("behaviour", 1, 4)
     found["strengths"] = []
     for value in b.strengths if encoder_of(lm.peft) is None else ():  # a cartridge has no strength
         with lm.adapter(True, value):
             point = {"strength": value, "kl_closed": check.closed(check.scores(pairs, targets), base)}
             point["unrelated_kl"] = kl_estimate(check.scores(plain, theirs), **check.options) if plain else None
         found["strengths"].append(point)
-    progress("behaviour", 2, 4)
+    progress("behaviour", first + 1, checks)
     again = [dataclasses.replace(pair, student=pair.teacher) for pair in pairs]
     alone = kl_estimate(check.scores(pairs, targets), **check.options)
     found["again"] = check.compare(again, targets) | {"alone": alone}
-    progress("behaviour", 3, 4)
+    progress("behaviour", first + 2, checks)
     if recipe.prompt.style == "chat" and b.other_system:
         found["other"] = other(check, rows, pairs, targets)
-    progress("behaviour", 4, 4)
+    progress("behaviour", checks, checks)
     return found
 
 
