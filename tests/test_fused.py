@@ -62,10 +62,38 @@ def test_values_and_gradients_are_those_of_peft(bias: bool, shape: tuple[int, ..
     assert torch.equal(results(net, x)[0], results(net, x)[0])
 
 
-@pytest.mark.parametrize("what", ["dropout", "half", "merged", "trained base"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_in_32_bits_behind_weights_in_16_is_as_exact_as_with_peft(
+    dtype: torch.dtype, calls: list[int]
+) -> None:
+    draw = torch.Generator().manual_seed(2)
+    sums = [torch.zeros(6, dtype=torch.float64) for _ in range(2)]  # of squared errors: output, x, A, B, A, B
+    for _ in range(20):
+        net, x = adapted(dtype=dtype), torch.randn(64, 6, generator=draw).to(dtype)
+        assert {p.dtype for p in net.parameters() if p.requires_grad} == {torch.float32}
+        slow = results(net, x)
+        fuse(net)
+        fast = results(net, x)
+        exact = results(net.double(), x.double())  # type: ignore[no-untyped-call]
+        for total, found in zip(sums, (slow, fast), strict=True):
+            assert [a.dtype for a in found] == [dtype, dtype, *[torch.float32] * 4]
+            total += torch.stack([(a.double() - e).square().mean() for a, e in zip(found, exact, strict=True)])
+    assert len(calls) == 80
+    rounding = torch.finfo(dtype).eps
+    for name, slow_error, fast_error, e in zip(
+        "y x A B A B".split(), *(t.div(20).sqrt() for t in sums), exact, strict=True
+    ):
+        assert 0 < fast_error <= 1.5 * slow_error + rounding * e.square().mean().sqrt(), name
+
+
+@pytest.mark.parametrize("what", ["dropout", "other types", "merged", "trained base"])
 def test_what_it_does_not_know_is_left_to_peft(what: str, calls: list[int]) -> None:
-    net = adapted(dropout=0.5 if what == "dropout" else 0.0, dtype=torch.bfloat16 if what == "half" else torch.float32)
-    x = torch.randn(3, 6, dtype=torch.bfloat16 if what == "half" else torch.float32)
+    net = adapted(dropout=0.5 if what == "dropout" else 0.0)
+    x = torch.randn(3, 6)
+    if what == "other types":
+        for name, parameter in net.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.double()
     if what == "merged":
         net.merge_adapter()
     if what == "trained base":

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
 ORDER = """
 errors < files, trust, processes, losses, stats, generic, similar, chunks, answers, spool, sandbox < readers, recipe < rows, programs
-< conversations < tasks, formats < rundir, endpoint < draws, arms < grid < weights, caches, packing, fused, adapters, sealed,
+< conversations < tasks, formats < rundir, endpoint < draws, arms < grid < weights, caches, kernels < packing, fused, adapters, sealed,
 trackers < lm < prompts < synthesis, store < targets, upkeep < teachers, engines, train < policy < evaluate < dataset <
 groups < accounts, behaviour < crosstalk < compose, plan, session < retention < cells < results, plots < claims < analysis <
 report, gguf_export < export, runtimes < check < study_report, compare, cluster < pipeline < study, playground < display <

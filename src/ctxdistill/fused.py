@@ -3,6 +3,7 @@
 In: a model with a LoRA adapter of peft. Out: the same model, whose adapted layers compute the same numbers with two passes less
 over their outputs and without a graph of their own. Invariants: values and gradients are those of peft's layer
 (`tests/test_fused.py`); parameters, names and files stay peft's; whatever this does not know is left to peft.
+Behind weights of 16 bits the adapter is kept in 32, as peft does, and multiplied in 16, where peft converts all that comes in.
 
 Dimensions: T tokens, r rank.
 """
@@ -39,7 +40,7 @@ class _Forward:
         base, a, b = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
         dropout = layer.lora_dropout[name]
         noisy = layer.training and getattr(dropout, "p", 0.0) > 0
-        same = x.dtype == base.weight.dtype == a.dtype == b.dtype
+        same = x.dtype == base.weight.dtype and a.dtype == b.dtype and a.dtype in (x.dtype, torch.float32)
         if noisy or not same or base.weight.requires_grad or layer.lora_bias[name]:
             return layer.__class__.forward(layer, x)  # type: ignore[no-any-return]
         return _Adapted.apply(x, base.weight, base.bias, a, b, layer.scaling[name])  # type: ignore[no-any-return,no-untyped-call]
@@ -51,6 +52,8 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, in]
+        ctx.kept = a.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)
         y = torch.nn.functional.linear(flat, weight, bias)  # [T, out]
         down = flat @ a.T  # [T, r]
         y.addmm_(down, b.T, alpha=scale)
@@ -67,9 +70,9 @@ class _Adapted(torch.autograd.Function):
         up *= ctx.scale  # [T, r]
         for_x = for_a = for_b = None
         if ctx.needs_input_grad[4]:
-            for_b = (down.T @ g).T * ctx.scale  # [out, r]
+            for_b = (down.T @ g).T.to(ctx.kept) * ctx.scale  # [out, r]
         if ctx.needs_input_grad[3]:
-            for_a = up.T @ flat  # [r, in]
+            for_a = (up.T @ flat).to(ctx.kept)  # [r, in]
         if ctx.needs_input_grad[0]:
             for_x = (g @ weight).addmm_(up, a).view(ctx.shape)
         return for_x, None, None, for_a, for_b, None

@@ -23,6 +23,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
+from ctxdistill.kernels import kernel_of
+
 NAME = "ctxdistill_packed"
 CACHE = 2**21
 """Scores that are computed at a time on a CPU; 8 MB in fp32."""
@@ -30,10 +32,6 @@ FEW = 128
 """Keys of a token, below which all scores at once are as fast as the flash kernel called twice."""
 KEPT = 2**22
 """Scores of a layer that are kept for the backward pass."""
-FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-FLASH_BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
-"""What `scaled_dot_product_attention` calls on a CPU; called here because that does not give the logarithms. None, should a
-version of PyTorch have another."""
 Layers = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Tree = Sequence[tuple[int, int]]
@@ -186,15 +184,54 @@ def attention(
             begun, shared = _alone(q, k[:, None], v[:, None], dropout), (k, v)
         out.append(begun.reshape(heads, p.start, size))
     r, longest = p.rows.shape
-    q = query[0][:, p.rows].view(kv, group, r, longest, size).transpose(1, 2)  # [K, R, G, L, D]
-    k, v = key[0][:, p.rows], value[0][:, p.rows]  # [K, R, L, D]
+    spread = [ToRows.apply(x[0], p.rows, p.back) for x in (query, key, value)]  # type: ignore[no-untyped-call]
+    q = spread[0].view(kv, group, r, longest, size).transpose(1, 2)  # [K, R, G, L, D]
+    k, v = (x.view(kv, r, longest, size) for x in spread[1:])
     if shared or p.hidden is not None:
         shared = shared or (k[:, 0, :0], v[:, 0, :0])
         result = _behind(q, k, v, *shared, p.hidden, dropout)
     else:
         result = _alone(q, k, v, dropout)
-    out.append(result.transpose(1, 2).reshape(heads, r * longest, size)[:, p.back])  # [H, S - P, D]
+    made = result.transpose(1, 2).reshape(heads, r * longest, size)
+    out.append(ToTokens.apply(made, p.back))  # type: ignore[no-untyped-call]  # [H, S - P, D]
     return torch.cat(out, 1).transpose(0, 1)[None], None
+
+
+class ToRows(torch.autograd.Function):
+    """Tokens [., S, D] to padded rows [., R L, D]. Indexing alone would sum the gradients of equal indices, for which it has
+    to sort them; here nothing comes back from padding, which no token sees, so each token has the gradient of one place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        """`rows`, `back`: as in `Pack`."""
+        ctx.save_for_backward(back)
+        ctx.shape = x.shape
+        return x[:, rows.flatten()]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        found = gradient.new_zeros(ctx.shape)
+        found[:, ctx.shape[1] - len(back) :] = gradient[:, back]
+        return found, None, None
+
+
+class ToTokens(torch.autograd.Function):
+    """The other way: padded rows [., R L, D] to tokens behind the start [., S - P, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        """`back`: as in `Pack`."""
+        ctx.save_for_backward(back)
+        ctx.shape = x.shape
+        return x[:, back]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (back,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).index_copy_(1, back, gradient), None
 
 
 def later(length: int, device: torch.device) -> torch.Tensor:
@@ -204,6 +241,8 @@ def later(length: int, device: torch.device) -> torch.Tensor:
 
 def _alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
     """Rows with themselves and nothing before them, in one fused kernel; padding comes last, where no token sees it."""
+    if q.is_cuda and kernel_of(q) and not dropout:
+        return _flash(q, k, v, k[:, 0, :0], v[:, 0, :0], None)  # gives the same bits again, which torch's own does not
     out = torch.nn.functional.scaled_dot_product_attention(
         *_with_itself(q, k, v), dropout_p=dropout, is_causal=True, scale=1.0
     )
@@ -220,11 +259,16 @@ def _behind(
     dropout: float,
 ) -> torch.Tensor:
     """Rows with themselves and with a shared start, as `_attend`: by the flash kernel where that can do it and pays."""
-    if FLASH and FLASH_BACKWARD and q.device.type == "cpu" and not dropout and k.shape[2] + start_k.shape[1] >= FEW:
+    few = k.shape[2] + start_k.shape[1] < FEW
+    if kernel_of(q) and not dropout and (hidden is None if q.is_cuda else not few):
         mask = None if hidden is None else hidden[0].to(q.dtype) * torch.finfo(q.dtype).min
-        made: torch.Tensor = Flash.apply(q, k, v, start_k, start_v, mask)  # type: ignore[no-untyped-call]
-        return made
+        return _flash(q, k, v, start_k, start_v, mask)
     return _in_pieces(q, k, v, start_k, start_v, hidden, dropout)
+
+
+def _flash(*inputs: torch.Tensor | None) -> torch.Tensor:
+    made: torch.Tensor = Flash.apply(*inputs)  # type: ignore[no-untyped-call]
+    return made
 
 
 class Flash(torch.autograd.Function):
@@ -246,11 +290,13 @@ class Flash(torch.autograd.Function):
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Shapes as in `_attend`; `mask` [R, 1, M, L] is added to scores of rows with themselves, None: none of later keys."""
-        own, logs = FLASH(*_with_itself(q, k, v, mask), 0.0, mask is None, attn_mask=_for_heads(mask, q), scale=1.0)
+        kernel = kernel_of(q)
+        assert kernel
+        own, logs = kernel.forward(*_with_itself(q, k, v, mask), mask is None, _for_heads(mask, q))
         out: torch.Tensor = own.reshape(q.shape)
         total: torch.Tensor = logs.reshape(q.shape[:-1])
         if start_k.shape[1]:
-            begun, logs = FLASH(*_with_start(q, start_k, start_v), scale=1.0)
+            begun, logs = kernel.forward(*_with_start(q, start_k, start_v), False, None)
             begun, logs = begun.reshape(q.shape), logs.reshape(total.shape)
             share = torch.sigmoid(logs - total)[..., None]  # [K, R, G, M, 1], fp32
             out, total = torch.lerp(out.float(), begun.float(), share).to(q.dtype), torch.logaddexp(total, logs)
@@ -261,10 +307,12 @@ class Flash(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of q, k, v, start_k and start_v."""
         q, k, v, start_k, start_v, mask, out, total = ctx.saved_tensors
+        kernel = kernel_of(q)
+        assert kernel
 
         def back(part: Part, causal: bool, added: torch.Tensor | None = None) -> list[torch.Tensor]:
             gradient, found, logs = (x.reshape(*part[0].shape[:3], *x.shape[4:]) for x in (gradients[0], out, total))
-            return list(FLASH_BACKWARD(gradient, *part, found, logs, 0.0, causal, attn_mask=added, scale=1.0))
+            return list(kernel.backward(gradient, *part, found, logs, causal, added))
 
         to_q, *own = back(_with_itself(q, k, v, mask), mask is None, _for_heads(mask, q))
         to_k, to_v = (x.reshape(*q.shape[:2], -1, *k.shape[2:]).sum(2) for x in own)

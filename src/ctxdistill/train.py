@@ -136,8 +136,10 @@ def add(stats: Stats, name: str, values: torch.Tensor) -> None:
 
 def batch_loss(lm: LM, batch: Sequence[Example], section: TrainSection, stats: Stats | None = None) -> torch.Tensor:
     """Sum of the loss over all supervised positions of `batch`, from one student forward."""
+    loss = position_loss(
+        lm, [e.target for e in batch], section, stats
+    )  # its copies to an accelerator end before it is busy
     hidden = torch.cat(lm.hidden([join(e.prompt, e.target.ids) for e in batch]))  # [P, d]
-    loss = position_loss(lm, [e.target for e in batch], section, stats)
     if lm.trains_head:  # its gradient needs all logits at once
         return loss(hidden, slice(None)).sum()
     at_once = LOGITS if lm.device.type == "cpu" else 16 * LOGITS

@@ -1,0 +1,101 @@
+"""PyTorch's flash attention with the logarithms that two of its results can be merged by.
+
+In: queries, keys and values. Out: the `Kernel` for their device and type. Invariants: no kernel keeps or gives the scores;
+`backward` gives the same bits each time; with what was seen and the logarithms of more keys than it is given it gives their part of
+the gradient, since the weight of a key is exp(score - logarithm) (`tests/test_packing.py`, `tests/test_cuda.py`).
+
+Dimensions: B batch, H heads, M queries, L keys, D head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+aten: Any = torch.ops.aten
+
+
+class Kernel(NamedTuple):
+    """What `scaled_dot_product_attention` calls on a device; called here because that does not give the logarithms."""
+
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    """(q [B, H, M, D], k and v [B, H, L, D], causal, mask) -> what is seen, and the logarithms [B, H, M] of the sums of
+    exponentials. Scores are not scaled."""
+    backward: Callable[..., tuple[torch.Tensor, ...]]
+    """(gradient, q, k, v, what was seen, logarithms, causal, mask) -> gradients of q, k, v, the same bits each time."""
+
+
+def _of_cpu() -> Kernel | None:
+    forward = getattr(aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    backward = getattr(aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+    if not forward or not backward:
+        return None
+    return Kernel(
+        lambda q, k, v, causal, mask: forward(q, k, v, 0.0, causal, attn_mask=mask, scale=1.0),
+        lambda g, *x: backward(g, *x[:5], 0.0, x[5], attn_mask=x[6], scale=1.0),
+    )
+
+
+def _of_cuda_16_bits() -> Kernel:
+    def backward(g: torch.Tensor, *x: Any) -> tuple[torch.Tensor, ...]:
+        q, k, v, out, logs, causal, _ = x
+        sizes = None, None, q.shape[2], k.shape[2]
+        random = (q.new_empty(n, dtype=torch.uint64) for n in (2, ()))  # of dropout, which there is not
+        with repeatable():
+            made = aten._scaled_dot_product_flash_attention_backward(
+                g, q, k, v, out, logs.contiguous(), *sizes, 0.0, causal, *random, scale=1.0
+            )
+        return tuple(made)
+
+    return Kernel(
+        lambda q, k, v, causal, _: aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=1.0)[:2],
+        backward,
+    )
+
+
+def _of_cuda_32_bits() -> Kernel:
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, _: None) -> tuple[torch.Tensor, ...]:
+        out, logs, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=1.0)
+        return out, logs[..., : q.shape[2]]
+
+    def backward(g: torch.Tensor, *x: Any) -> tuple[torch.Tensor, ...]:
+        q, k, v, out, logs, causal, _ = x
+        logs = torch.nn.functional.pad(logs, (0, -logs.shape[2] % 32), value=torch.inf)  # as `forward` gives them
+        random = q.new_empty((), dtype=torch.int64)
+        wanted = [True, True, True, False]
+        with repeatable():
+            made = aten._scaled_dot_product_efficient_attention_backward(
+                g, q, k, v, None, out, logs, random, random, 0.0, wanted, causal, scale=1.0
+            )
+        return tuple(made[:3])
+
+    return Kernel(forward, backward)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Inside, kernels of CUDA that sum in any order are not used."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+KERNELS = {
+    ("cpu", torch.float32): _of_cpu(),
+    ("cpu", torch.bfloat16): _of_cpu(),
+    ("cpu", torch.float16): _of_cpu(),
+    ("cuda", torch.float32): _of_cuda_32_bits(),
+    ("cuda", torch.bfloat16): _of_cuda_16_bits(),
+    ("cuda", torch.float16): _of_cuda_16_bits(),
+}
+
+
+def kernel_of(q: torch.Tensor) -> Kernel | None:
+    """The kernel for a tensor's device, type and head size; None: there is none."""
+    return None if q.is_cuda and q.shape[-1] % 8 else KERNELS.get((q.device.type, q.dtype))
