@@ -81,7 +81,7 @@ def test_an_adapter_in_32_bits_behind_weights_in_16_is_as_exact_as_with_peft(
     assert len(calls) == 80
     rounding = torch.finfo(dtype).eps
     for name, slow_error, fast_error, e in zip(
-        "y x A B A B".split(), *(t.div(20).sqrt() for t in sums), exact, strict=True
+        ("y", "x", "A", "B", "A", "B"), *(t.div(20).sqrt() for t in sums), exact, strict=True
     ):
         assert 0 < fast_error <= 1.5 * slow_error + rounding * e.square().mean().sqrt(), name
 

@@ -60,7 +60,7 @@ def test_rows_with_a_document_in_common_come_together() -> None:
         (*system, *long, 4, 5),
         (*system, *other[:20], 6),
     ]
-    parts, number = documents(prompts)
+    parts, number = documents(prompts, len(system))
     assert parts == [(), long[:64]]
     assert number.tolist() == [1, 0, 0, 1, 0]
-    assert documents([])[1].tolist() == []
+    assert documents([], 0)[1].tolist() == []

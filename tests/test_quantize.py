@@ -23,6 +23,7 @@ needs = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="the package bitsandbytes is not installed"
 )
 KINDS = pytest.mark.parametrize("kind", ["8bit", "4bit"])
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, kind: str) -> LM:
-    return LM.load(ModelSection(name=str(folder), device="cpu", quantize=kind))  # type: ignore[arg-type]
+    return LM.load(ModelSection(name=str(folder), device=DEVICE, dtype="float32", quantize=kind))  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_had_is_said(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +77,9 @@ def test_rows_packed_behind_a_prefix_are_those_computed_alone(wide: Path, kind: 
     start = list(range(5, 30))
     rows = [([*start, *body], 2) for body in ([40, 41, 42, 43], [50, 51, 52])]
     with torch.no_grad():
-        alone = [lm.model(input_ids=torch.tensor([ids])).logits[0, -n - 1 : -1].float() for ids, n in rows]
+        alone = [
+            lm.model(input_ids=torch.tensor([ids], device=DEVICE)).logits[0, -n - 1 : -1].float() for ids, n in rows
+        ]
         shared = [lm.head(h) for h in lm.hidden(rows, lm.prefix([ids for ids, _ in rows]))]
     for a, b in zip(alone, shared, strict=True):
         # in 8 bits the activations are rounded, too: a number at the edge goes to one side or the other
@@ -89,7 +92,7 @@ def test_the_loss_with_an_untrained_adapter_and_no_context_is_0(job: Path, wide:
     """Teacher and student are the same quantised model, so its rounding is in both."""
     (job / "model").unlink()
     (job / "model").symlink_to(wide)
-    raw = tiny.recipe_dict(job, model__quantize=kind, model__device="cpu")
+    raw = tiny.recipe_dict(job, model__quantize=kind, model__device=DEVICE, model__dtype="float32")
     recipe = Recipe.from_dict(raw, base_dir=job)
     lm, prompter, rows = pipeline.prepare(recipe)
     same = [p.__class__(**{**p.__dict__, "teacher": p.student}) for p in rows.pairs["train"]]
@@ -133,7 +136,7 @@ def test_loss_and_gradient_are_those_of_the_weights_that_4_bits_stand_for(wide: 
 def test_a_run_on_4_bits(job: Path, wide: Path) -> None:
     (job / "model").unlink()
     (job / "model").symlink_to(wide)
-    raw = tiny.recipe_dict(job, model__quantize="4bit", model__device="cpu", train__epochs=4)
+    raw = tiny.recipe_dict(job, model__quantize="4bit", model__device=DEVICE, model__dtype="float32", train__epochs=4)
     run = pipeline.distill(Recipe.from_dict(raw, base_dir=job), job / "run")
     lines = [line["loss"] for line in tiny.read_jsonl(run.path / "metrics.jsonl") if line["event"] == "step"]
     assert lines[-1] < lines[0] and run.evaluation["kl_closed"]["mean"] > 0.2

@@ -18,7 +18,7 @@ import torch
 
 from ctxdistill import processes
 from ctxdistill.dataset import Data
-from ctxdistill.lm import LM
+from ctxdistill.lm import LM, head_size
 from ctxdistill.policy import rounds
 from ctxdistill.prompts import Prompter
 from ctxdistill.recipe import Recipe
@@ -142,11 +142,6 @@ def timed(run: RunDir, stage: str) -> Iterator[None]:
 
 
 # -- counted, not timed -----------------------------------------------------------------------------------------------
-
-
-def head_size(config: Any) -> int:
-    """Width of one attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def forward_flops(lm: LM, new: int, before: int = 0, projected: int = 0, *, classes: int = 0) -> float:

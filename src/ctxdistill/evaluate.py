@@ -191,13 +191,14 @@ def score_arm(
 ) -> list[Score]:
     """One score per row; see `docs/concepts.md` for what each number is."""
     metrics = metrics_of(recipe, pairs)
-    batch = recipe.targets.batch_size
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].teacher))  # a batch is padded to its longest row
     pairs, targets = [pairs[i] for i in order], [targets[i] for i in order]
     scores: list[Score] = []
     with lm.adapter(arm == "distilled"):
         prompts = Lazy.over(pairs, lambda pair: pair.teacher if arm == "in_context" else pair.student)
         prefix = lm.prefix(prompts)
+        longest = max(map(len, prompts), default=0) - (len(prefix.ids) if prefix else 0)
+        batch = lm.rows_at_once(recipe.targets.batch_size, longest + recipe.eval.max_new_tokens)
         for start in range(0, len(pairs), batch):
             some = slice(start, start + batch)
             if arm == "in_context" and not recipe.prompt.label_words:

@@ -54,6 +54,10 @@ from ctxdistill.weights import (
 
 WORTH_SHARING = 8
 """A shared start below this part of the rows saves less than attention without one, in a single fused kernel, does."""
+FEW, MANY = 32, 256
+"""Rows side by side that keep a CPU busy, and an accelerator."""
+HELD = 2**32
+"""Bytes of the keys and values of rows that are written side by side on an accelerator."""
 AT_ONCE = 2**14
 """Tokens of rows that are read in one forward pass without a gradient; more of them are no faster and take memory."""
 PAD = 0  # padding is masked everywhere, so any id that has an embedding will do; a tokenizer's own may have none
@@ -216,6 +220,18 @@ class LM:
         """How much states may differ that were computed in two ways, as a share of the largest."""
         exact = self.model.dtype == torch.float32 and self.info.get("quantize") != "8bit"  # LLM.int8 rounds activations
         return 1e-4 if exact else 5e-2
+
+    def rows_at_once(self, given: int | None, tokens: int) -> int:
+        """Rows to write, read or score side by side: as many as are `given`, else what suits the device, for rows of at most so many
+        `tokens`. The same for the same model, so that batches are formed alike each time."""
+        if given:
+            return given
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+        if self.device.type == "cpu" or not heads:
+            return FEW
+        each = 2 * config.num_hidden_layers * heads * head_size(config) * self.model.dtype.itemsize  # bytes of a token
+        return int(max(1, min(MANY, HELD // (each * max(1, tokens)))))
 
     @functools.cached_property
     def can_pack(self) -> bool:
@@ -421,7 +437,7 @@ class LM:
         if encoder is None:
             return None
         config = self.model.config.get_text_config()
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = head_size(config)
         weight = encoder.weight.to(self.model.dtype)  # [C, layers 2 K D], as peft lays it out
         each = weight.view(len(weight), config.num_hidden_layers, 2, -1, size).permute(1, 2, 3, 0, 4)  # [., 2, K, C, D]
         return Prefix((PAD,) * len(weight), tuple((keys[None], values[None]) for keys, values in each))
@@ -613,6 +629,11 @@ def linear_layers(model: Any) -> tuple[list[str], set[str]]:
         if isinstance(module, torch.nn.Linear | Conv1D) and any(name.startswith(f"{block}.") for block in blocks)
     ]
     return inside, {name.rsplit(".", 1)[-1] for name in inside}
+
+
+def head_size(config: Any) -> int:
+    """Width of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def window_of(config: Any) -> int:

@@ -56,8 +56,9 @@ class Speeds:
 
 def measure(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> Speeds:
     """Try each stage on a batch of rows."""
-    pairs = rows.pairs["train"][: recipe.targets.batch_size]
-    evaluated = rows.pairs["eval"][: recipe.targets.batch_size]
+    first = rows.pairs["train"][0]  # what all share is read once, which its student's prompt shows best
+    size = lm.rows_at_once(recipe.targets.batch_size, len(first.student) + recipe.completions.max_new_tokens)
+    pairs, evaluated = rows.pairs["train"][:size], rows.pairs["eval"][:size]
     with tempfile.TemporaryDirectory() as folder, Peak(lm.device) as peak:
         with torch.no_grad(), lm.adapter(False):
             lm.head(torch.cat(lm.hidden([((*p.student, 0), 1) for p in pairs])))  # warm up

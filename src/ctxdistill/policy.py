@@ -147,7 +147,8 @@ class Rounds:
         file = f"rounds/{number + 1:05d}.jsonl"
         prompts = [self.examples[item.row].prompt for item in items]
         order = sorted(range(len(items)), key=lambda i: (len(prompts[i]), i))
-        size = self.recipe.targets.batch_size
+        limit = self.recipe.completions.max_new_tokens
+        size = self.lm.rows_at_once(self.recipe.targets.batch_size, max(map(len, prompts), default=0) + limit)
         chunks = [order[i : i + size] for i in range(0, len(order), size)]
         found = self.run.read_jsonl(file)
         if [line["items"] for line in found] != [[list(items[i]) for i in chunk] for chunk in chunks[: len(found)]]:
@@ -160,7 +161,7 @@ class Rounds:
                 for chunk in chunks[len(found) :]:
                     written = self.lm.generate(
                         [prompts[i] for i in chunk],
-                        max_new_tokens=self.recipe.completions.max_new_tokens,
+                        max_new_tokens=limit,
                         ends=self.prompter.ends,
                         temperature=self.section.on_policy_temperature,
                         seeds=[self._seed(number, items[i]) for i in chunk],
@@ -187,7 +188,7 @@ class Rounds:
             return found
         how = habits([e.target.ids for e in own], self.prompter)
         some, stats = own[:JUDGED], Stats()
-        size = self.recipe.targets.batch_size
+        size = self.section.batch_size
         self.lm.training(False)
         with torch.no_grad():
             for i in range(0, len(some), size):

@@ -254,9 +254,10 @@ class TargetsSection(Section):
     dir: str | None = None
     """Folder of the target store. Unset: `targets/` in the run folder. Shared between runs, it saves asking the teacher twice.
     Below the recipe's folder or the working directory."""
-    batch_size: Positive = 32
-    """Rows per teacher forward pass (fewer where they are long), and per generation and evaluation batch. Part of what makes
-    a run bit for bit repeatable."""
+    batch_size: Positive | None = None
+    """Rows per teacher forward pass (fewer where they are long), and per generation and evaluation batch. Unset: 32 on a CPU;
+    on an accelerator as many, up to 256, as write side by side with 4 GB of keys and values. Part of what makes a run
+    bit for bit repeatable."""
 
 
 class TeacherSection(Section):

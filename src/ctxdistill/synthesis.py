@@ -26,7 +26,7 @@ from ctxdistill.caches import Prefix
 from ctxdistill.chunks import Chunk, quotas, sentences, split_document, words
 from ctxdistill.endpoint import Endpoint
 from ctxdistill.errors import DataError, RunError
-from ctxdistill.lm import LM, check_fit
+from ctxdistill.lm import FEW, LM, check_fit
 from ctxdistill.prompts import Message, Prompter
 from ctxdistill.recipe import Recipe, SynthesisSection
 from ctxdistill.rows import Row, query_key
@@ -322,7 +322,7 @@ def _from_chunk(found: _Found, writer: Remembered, chunk: Chunk, quota: int, pro
     recipe, attempt = found.recipe, 0
     most = math.ceil(quota * recipe.synthesis.attempts)
     while (missing := quota - found.by_chunk[chunk.name]) > 0 and attempt < most:
-        n = min(recipe.targets.batch_size, max(2, math.ceil(1.5 * missing)), most - attempt)
+        n = min(recipe.targets.batch_size or FEW, max(2, math.ceil(1.5 * missing)), most - attempt)
         batch = candidates(recipe, found.prompter, chunk, attempt, n)
         texts = writer.write([c.messages for c in batch], [c.seed for c in batch])
         for candidate, (text, ended) in zip(batch, texts, strict=True):

@@ -136,15 +136,19 @@ class Labelling:
                 raw += bytes.fromhex(self._key(pair, self._given(i, pair), sample))
                 lengths.append(len(pair.teacher))
         self.keys: Keys = np.frombuffer(bytes(raw), dtype="S16")  # [N], N = pairs x samples
-        part = documents(Lazy(range(len(self.keys)), self._prompt))[1]  # [N]
+        prompts = Lazy(range(len(self.keys)), self._prompt)
+        first = len(common_prefix(prompts)) if prompts else 0
+        tokens = max(lengths, default=0) - first + self.completions.max_new_tokens
+        self.at_once = lm.rows_at_once(self.kind.batch_size, tokens)
+        part = documents(prompts, first)[1]  # [N]
         count = np.bincount(part, minlength=1)
         # a document with rows for a good part of a batch has batches of its own, for all of which it is read once; to write
         # answers, every row of other batches reads its document itself
-        self.own = np.where(FILLS * count[part] >= self.kind.batch_size, part, 0)
+        self.own = np.where(FILLS * count[part] >= self.at_once, part, 0)
         order = np.lexsort((self.keys, np.frombuffer(lengths, dtype=np.int32), part))
         self.order = order[np.argsort(self.own[order], kind="stable")]  # [N]
         ends = np.flatnonzero(np.diff(self.own[self.order], append=-1)) + 1  # of the batches that share a document
-        size = max(self.kind.batch_size, FLIGHTS * ask.at_once) if ask else self.kind.batch_size
+        size = max(self.at_once, FLIGHTS * ask.at_once) if ask else self.at_once
         self.batches = [
             (first, min(first + size, end))
             for start, end in itertools.pairwise([0, *ends.tolist()])
@@ -204,7 +208,7 @@ class Labelling:
 
     def run(self, store: TargetStore, batches: Iterable[int] | None = None) -> Generator[int]:
         """Label what is missing in `batches` (all of them), a shard each; now and then, the number of completions behind it."""
-        size = self.kind.batch_size
+        size = self.at_once
         for batch in range(len(self.batches)) if batches is None else batches:
             first, end = self.batches[batch]
             todo = [self.job(n) for n in self.missing(batch, store)]
@@ -253,7 +257,7 @@ class Labelling:
         if given:  # of one source: all of them or none
             ids = given
         elif completions.source == "label":
-            size = self.kind.batch_size
+            size = self.at_once
             scores = score_labels(lm, prompts, prompter.labels, prefix=self.prefix, batch_size=size).logprobs
             words = list(prompter.labels.values())
             ids = [words[i] for i in scores.argmax(1).tolist()]
@@ -311,14 +315,13 @@ def digits(keys: Keys, number: int) -> str:
     return keys[number : number + 1].tobytes().hex()
 
 
-def documents(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], np.ndarray[Any, Any]]:
+def documents(prompts: Sequence[Sequence[int]], first: int) -> tuple[list[tuple[int, ...]], np.ndarray[Any, Any]]:
     """What rows are put side by side by, so that a document that some of them share is read once for each batch: the
-    `SHARED` tokens behind what all rows start with.
+    `SHARED` tokens behind the `first` ones, which all rows start with.
 
     Returns: the parts that more than one row has, in order, () first; and for each prompt the number of its part, [N], 0
         where no other row has the same one.
     """
-    first = len(common_prefix(prompts)) if prompts else 0
     raw = bytearray()
     for prompt in prompts:
         part = prompt[first : first + SHARED]
