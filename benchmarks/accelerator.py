@@ -27,10 +27,10 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 from ctxdistill import packing
 from ctxdistill.accounts import Peak, forward_flops, training_flops
 from ctxdistill.lm import LM, block_lists
+from ctxdistill.objective import Example, Stats, batch_loss
 from ctxdistill.prompts import join
 from ctxdistill.recipe import LoraSection, TrainSection
 from ctxdistill.store import Target
-from ctxdistill.train import Example, Stats, batch_loss
 
 SHAPES: dict[str, Callable[[], Any]] = {
     "tiny": lambda: LlamaConfig(
@@ -105,7 +105,7 @@ def kernels(work: Callable[[], object], device: torch.device) -> tuple[float, li
         wait(device)
     spent, calls = defaultdict[str, float](float), defaultdict[str, int](int)
     for event in found.events() or []:
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             name = event.name.split("<")[0].removeprefix("void ")[:60]
             spent[name] += event.device_time_total / 1e6
             calls[name] += 1

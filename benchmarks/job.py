@@ -32,13 +32,14 @@ from ctxdistill import plan as planning
 from ctxdistill.accounts import Peak, forward_flops, training_flops
 from ctxdistill.dataset import Data
 from ctxdistill.lm import LM, common_prefix, linear_layers
+from ctxdistill.objective import Example
 from ctxdistill.prompts import Prompter
 from ctxdistill.recipe import DataSection, ModelSection, Recipe
 from ctxdistill.rows import Row
 from ctxdistill.rundir import RunDir
 from ctxdistill.store import TargetStore
 from ctxdistill.targets import label
-from ctxdistill.train import Example, order, train
+from ctxdistill.train import order, train
 from ctxdistill.weights import packaged_gguf
 
 ROWS, BATCH, EPOCHS = 64, 8, 2

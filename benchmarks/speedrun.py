@@ -31,12 +31,13 @@ from ctxdistill.behaviour import base_targets, unrelated
 from ctxdistill.dataset import prepare
 from ctxdistill.evaluate import teacher_targets
 from ctxdistill.lm import LM, common_prefix
+from ctxdistill.objective import Example
 from ctxdistill.prompts import Pair
 from ctxdistill.recipe import Recipe, TargetsSection
 from ctxdistill.rundir import RunDir
 from ctxdistill.store import Target, TargetStore
 from ctxdistill.targets import label
-from ctxdistill.train import Example, mean_kl, train
+from ctxdistill.train import mean_kl, train
 from ctxdistill.weights import packaged_gguf
 
 DEMO = Path(ctxdistill.__file__).parent / "demo" / "recipe.toml"

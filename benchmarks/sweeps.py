@@ -20,11 +20,11 @@ import torch
 
 from ctxdistill.accounts import Peak
 from ctxdistill.lm import LM
+from ctxdistill.objective import Example, batch_loss
 from ctxdistill.prompts import join
 from ctxdistill.recipe import LoraSection, ModelSection, TrainSection
 from ctxdistill.store import Target
 from ctxdistill.targets import score_labels
-from ctxdistill.train import Example, batch_loss
 from ctxdistill.weights import packaged_gguf
 
 Table = list[dict[str, Any]]

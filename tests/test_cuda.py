@@ -12,11 +12,12 @@ import torch
 import tiny
 from ctxdistill import kernels, packing, pipeline
 from ctxdistill.lm import LM
+from ctxdistill.objective import Example, batch_loss
 from ctxdistill.prompts import join
 from ctxdistill.recipe import LoraSection, ModelSection, Recipe, TrainSection
 from ctxdistill.rundir import RunDir
 from ctxdistill.store import Target
-from ctxdistill.train import Example, batch_loss, train
+from ctxdistill.train import train
 
 DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -112,7 +113,7 @@ def test_the_flash_kernels_equal_all_scores_at_once(
         assert c.dtype == dtype and torch.equal(c, d), name
         if a.numel():
             error = (b - a).abs().max().item()
-            assert (c - a).abs().max().item() <= 3 * error + 4 * torch.finfo(dtype).eps * scale, name
+            assert (c - a).abs().max().item() <= 3 * error + 16 * torch.finfo(dtype).eps * scale, name
 
 
 @pytest.mark.parametrize("architecture", PACKS)

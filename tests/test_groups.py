@@ -15,12 +15,12 @@ from ctxdistill import groups, pipeline
 from ctxdistill.dataset import prepare
 from ctxdistill.errors import DataError, FitError, RecipeError
 from ctxdistill.lm import LM
+from ctxdistill.objective import Example
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
 from ctxdistill.store import Target, TargetStore
 from ctxdistill.targets import label
-from ctxdistill.train import Example
 from ctxdistill.weights import load_tokenizer
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "kid", "lynx"]

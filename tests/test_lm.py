@@ -25,6 +25,12 @@ def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
     return LM.load(ModelSection(name=str(folder), device="cpu"))
 
 
+@pytest.fixture(params=[False, True], ids=["growing", "fixed"])
+def records(request: pytest.FixtureRequest) -> bool:
+    """Write as on a CPU, and with caches of full length as on a GPU, where a token is recorded and replayed."""
+    return bool(request.param)
+
+
 def full_logits(lm: LM, ids: list[int], n: int) -> torch.Tensor:
     """The obvious way: the model's own forward over everything, one row, no cache. [T, V]"""
     return lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -n - 1 : -1].float()
@@ -55,7 +61,8 @@ def test_prefix_is_shared_unless_the_cache_cannot_be(lm: LM) -> None:
 
 
 @torch.no_grad()
-def test_generation_equals_one_row_at_a_time(lm: LM) -> None:
+def test_generation_equals_one_row_at_a_time(lm: LM, records: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm, "records", records and lm.can_pack)
     prompts = [ids for ids, _ in ROWS]
     slow = []
     for prompt in prompts:
@@ -69,7 +76,8 @@ def test_generation_equals_one_row_at_a_time(lm: LM) -> None:
         assert lm.generate(prompts, max_new_tokens=6, prefix=prefix) == slow
 
 
-def test_what_is_written_with_equals_reading_it(lm: LM) -> None:
+def test_what_is_written_with_equals_reading_it(lm: LM, records: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm, "records", records and lm.can_pack)
     prompts = [ids for ids, _ in ROWS]
     for prefix in (None, lm.prefix(prompts)):
         written, states = lm.write(prompts, max_new_tokens=5, ends=lambda ids: sum(ids) % 3 == 0, prefix=prefix)
@@ -90,8 +98,12 @@ def test_many_tokens_are_read_in_parts(lm: LM, monkeypatch: pytest.MonkeyPatch) 
     assert len(calls) > 1
 
 
-def test_rows_that_end_early_leave_the_batch(llama: Path) -> None:
-    lm = LM.load(ModelSection(name=str(llama)))
+def test_rows_that_end_early_leave_the_batch(llama: Path, records: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LM.load(ModelSection(name=str(llama), device="cpu"))
+    lm.records = records
+    rows: list[int] = []
+    last = LM._last
+    monkeypatch.setattr(LM, "_last", lambda self, ids, *x: rows.append(len(ids)) or last(self, ids, *x))
     prompts = [ids for ids, _ in ROWS]
     whole = lm.generate(prompts, max_new_tokens=8)
     stop = whole[1][2]  # pretend that this token ends an answer
@@ -100,10 +112,36 @@ def test_rows_that_end_early_leave_the_batch(llama: Path) -> None:
         for long, short in zip(whole, cut, strict=True):
             assert short == (long[: long.index(stop) + 1] if stop in long else long)
     assert len(cut[1]) <= 3
+    one = whole[3][
+        1
+    ]  # three of the rows end at once: with caches of full length the others leave when half of them have
+    rows.clear()
+    cut = lm.generate(prompts, max_new_tokens=8, ends=lambda ids: ids[-1] != one and len(ids) > 1)
+    assert [len(ids) for ids in cut[:3]] == [2, 2, 2] and rows[0] == 4 and rows[-1] == 1
 
 
-def test_a_sampled_row_does_not_depend_on_its_batch(llama: Path) -> None:
-    lm = LM.load(ModelSection(name=str(llama)))
+@torch.no_grad()
+def test_a_model_that_cannot_be_recorded_writes_on_as_before(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LM.load(ModelSection(name=str(llama), device="cpu"))
+    prompts = [ids for ids, _ in ROWS]
+    for prefix in (None, lm.prefix(prompts)):
+        lm.records = False
+        whole = lm.generate(prompts, max_new_tokens=8, prefix=prefix)
+        tried: list[int] = []
+
+        def fails(*_: Any, tried: list[int] = tried) -> Any:
+            tried.append(1)
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        monkeypatch.setattr("ctxdistill.decoding.recorded", fails)
+        lm.records = True
+        assert lm.generate(prompts, max_new_tokens=8, prefix=prefix) == whole
+        assert tried == [1] and not lm.records
+
+
+def test_a_sampled_row_does_not_depend_on_its_batch(llama: Path, records: bool) -> None:
+    lm = LM.load(ModelSection(name=str(llama), device="cpu"))
+    lm.records = records
     prompts = [ids for ids, _ in ROWS]
     together = lm.generate(prompts, max_new_tokens=8, temperature=1.0, seeds=[1, 2, 3, 4])
     alone = [

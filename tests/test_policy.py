@@ -14,13 +14,14 @@ from ctxdistill import pipeline, policy
 from ctxdistill.dataset import Data, prepare
 from ctxdistill.errors import FitError, RecipeError, RunError, TrainError
 from ctxdistill.lm import LM
+from ctxdistill.objective import Example, batch_loss
 from ctxdistill.pipeline import make_examples
 from ctxdistill.policy import Habits, Rounds, check, chosen, repeated, rounds, share
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import LoraSection, Recipe, TrainSection
 from ctxdistill.rundir import RunDir, no_progress
 from ctxdistill.store import TargetStore
-from ctxdistill.train import Example, batch_loss, rows_of, train
+from ctxdistill.train import rows_of, train
 
 Ready = tuple[Recipe, LM, Prompter, Data]
 TRAIN: dict[str, Any] = {

@@ -43,7 +43,8 @@ from ctxdistill.lm import LM
 from ctxdistill.recipe import LoraSection, ModelSection, TrainSection
 from ctxdistill.rundir import RunDir
 from ctxdistill.store import Target
-from ctxdistill.train import Example, train
+from ctxdistill.objective import Example
+from ctxdistill.train import train
 
 folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
 rank, world = processes.rank(), processes.count()

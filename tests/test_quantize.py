@@ -13,10 +13,11 @@ import tiny
 from ctxdistill import pipeline
 from ctxdistill.errors import ModelError
 from ctxdistill.lm import LM
+from ctxdistill.objective import Example
 from ctxdistill.recipe import LoraSection, ModelSection, Recipe
 from ctxdistill.store import TargetStore
 from ctxdistill.targets import label
-from ctxdistill.train import Example, mean_kl
+from ctxdistill.train import mean_kl
 from ctxdistill.weights import quantized
 
 needs = pytest.mark.skipif(

@@ -16,13 +16,14 @@ import tiny
 from ctxdistill.dataset import Data, prepare
 from ctxdistill.errors import RunError, TrainError
 from ctxdistill.lm import LM
+from ctxdistill.objective import Example, batch_loss
 from ctxdistill.pipeline import make_examples
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import LoraSection, ModelSection, Recipe, TrainSection
 from ctxdistill.rundir import RunDir, no_progress
 from ctxdistill.store import TargetStore
 from ctxdistill.targets import captured_mass, label
-from ctxdistill.train import Example, batch_loss, learning_rate, mean_kl, order, train
+from ctxdistill.train import learning_rate, mean_kl, order, train
 
 Ready = tuple[Recipe, LM, Prompter, Data]
 

@@ -19,13 +19,14 @@ import torch
 from ctxdistill import processes
 from ctxdistill.dataset import Data
 from ctxdistill.lm import LM, head_size
+from ctxdistill.objective import Example
 from ctxdistill.policy import rounds
 from ctxdistill.prompts import Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
 from ctxdistill.spool import Lazy
 from ctxdistill.targets import captured_mass
-from ctxdistill.train import Example, State
+from ctxdistill.train import State
 from ctxdistill.weights import give_back_memory, weights_in
 
 

@@ -56,6 +56,26 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self.buffers = []  # the kept rows are new tensors
 
 
+class FixedLayer(DynamicLayer):  # type: ignore[misc]
+    """A cache layer of full length: a new token is written where `at` says, a tensor, and all of it is given back, so what is not
+    written yet must be masked. Each token is the same work, which a GPU can record."""
+
+    def __init__(self, begun: RoomyLayer, room: int, at: torch.Tensor) -> None:
+        """With what is in `begun`, and room for so many more tokens."""
+        super().__init__()
+        self.lazy_initialization(begun.keys, begun.values)
+        self.at = at
+        self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, room)) for x in (begun.keys, begun.values))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write [B, heads, 1, head size]; returns all keys and values."""
+        self.keys.index_copy_(2, self.at, key_states)
+        self.values.index_copy_(2, self.at, value_states)
+        return self.keys, self.values
+
+
 @dataclass(frozen=True)
 class Prefix:
     """Token ids that many prompts start with, and their key-value cache: one [1, heads, P, head size] pair per layer."""

@@ -25,6 +25,7 @@ from ctxdistill.arms import Arm
 from ctxdistill.draws import Draw
 from ctxdistill.grid import Study
 from ctxdistill.lm import LM, check_fit, common_prefix
+from ctxdistill.objective import Example
 from ctxdistill.prompts import Context, Pair, Prompter, join
 from ctxdistill.recipe import DataSection, Recipe
 from ctxdistill.rows import Row
@@ -32,7 +33,7 @@ from ctxdistill.rundir import Progress, RunDir, no_progress
 from ctxdistill.targets import LabelScores, point_mass, score_labels
 from ctxdistill.tasks import Pattern, Task
 from ctxdistill.teachers import Calibration, Prompts, Reading, average, fitted, teach
-from ctxdistill.train import Example, State, train
+from ctxdistill.train import State, train
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
 """Queries without content (Zhao et al. 2021, section 5)."""

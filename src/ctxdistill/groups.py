@@ -14,8 +14,8 @@ from typing import Any
 
 from ctxdistill.dataset import Data
 from ctxdistill.evaluate import Score
+from ctxdistill.objective import Example
 from ctxdistill.prompts import Prompter
-from ctxdistill.train import Example
 
 NONE = "none"
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 aten: Any = torch.ops.aten
+BLOCK = 64
+"""Keys of a block that CUDA's flash kernels take at a time, at least."""
 
 
 class Kernel(NamedTuple):
@@ -44,7 +46,8 @@ def _of_cuda_16_bits() -> Kernel:
         q, k, v, out, logs, causal, _ = x
         sizes = None, None, q.shape[2], k.shape[2]
         random = (q.new_empty(n, dtype=torch.uint64) for n in (2, ()))  # of dropout, which there is not
-        with repeatable():
+        # what one block of keys gives is summed in one order as it is, and more slowly with the other kernel
+        with repeatable() if k.shape[2] > BLOCK else contextlib.nullcontext():
             made = aten._scaled_dot_product_flash_attention_backward(
                 g, q, k, v, out, logs.contiguous(), *sizes, 0.0, causal, *random, scale=1.0
             )
@@ -77,13 +80,16 @@ def _of_cuda_32_bits() -> Kernel:
 
 @contextlib.contextmanager
 def repeatable() -> Iterator[None]:
-    """Inside, kernels of CUDA that sum in any order are not used."""
+    """Inside, kernels of CUDA that sum in any order are not used; memory that is not written yet stays as it is."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 KERNELS = {

@@ -32,9 +32,10 @@ from transformers.pytorch_utils import Conv1D
 from ctxdistill import files, processes
 from ctxdistill.adapters import encoder_of, settings_of, strengthened
 from ctxdistill.caches import Prefix, RoomyLayer
+from ctxdistill.decoding import Fixed, Growing
 from ctxdistill.errors import FitError, ModelError
 from ctxdistill.fused import fuse
-from ctxdistill.packing import Behind, CannotPackError, Tree, pack, packed
+from ctxdistill.packing import Behind, CannotPackError, Pack, Tree, pack, packed
 from ctxdistill.recipe import LoraSection, ModelSection
 from ctxdistill.rundir import fingerprint
 from ctxdistill.weights import (
@@ -58,6 +59,8 @@ FEW, MANY = 32, 256
 """Rows side by side that keep a CPU busy, and an accelerator."""
 HELD = 2**32
 """Bytes of the keys and values of rows that are written side by side on an accelerator."""
+WORTH_RECORDING = 4
+"""Tokens still to write that make up for recording one of them."""
 AT_ONCE = 2**14
 """Tokens of rows that are read in one forward pass without a gradient; more of them are no faster and take memory."""
 PAD = 0  # padding is masked everywhere, so any id that has an embedding will do; a tokenizer's own may have none
@@ -78,6 +81,8 @@ class LM:
     """A classification head in place of the vocabulary's, while there is one."""
     base_only: bool = False
     """Whether the adapter is off."""
+    records: bool = False
+    """Whether writing is recorded and replayed; turned off where that fails."""
     notes: list[str] = field(default_factory=list)
     """What the user should know, such as a fall-back that was taken."""
 
@@ -128,7 +133,7 @@ class LM:
         }
         lm = cls(model, tokenizer, device, info)
         lm._check_head()
-        lm.can_pack  # noqa: B018 (tried now, while there is neither adapter nor dropout)
+        lm.records = lm.can_pack and device.type == "cuda"  # tried now, while there is neither adapter nor dropout
         return lm
 
     @property
@@ -306,12 +311,16 @@ class LM:
             start = []
         bodies = [ids[before + len(start) : -1] for ids, _ in rows]
         layout = pack(bodies, start, prefix.layers if prefix else None, self.device, before=before, tree=tree)
-        with packed(self.model.config.get_text_config(), layout):
-            out = self._backbone(input_ids=layout.ids, position_ids=layout.positions, use_cache=False)
-        hidden = out.last_hidden_state[0]  # [S, d]
+        hidden = self.states(layout)
         return [
             hidden[where.stop - len(tree) - n : where.stop] for where, (_, n) in zip(layout.where, rows, strict=True)
         ]
+
+    def states(self, layout: Pack) -> torch.Tensor:
+        """Final hidden states [S, d] of the tokens of a packed sequence."""
+        with packed(self.model.config.get_text_config(), layout):
+            out = self._backbone(input_ids=layout.ids, position_ids=layout.positions, use_cache=False)
+        return torch.as_tensor(out.last_hidden_state[0])
 
     def _padded(self, rows: Sequence[tuple[Sequence[int], int]], prefix: Prefix | None) -> list[torch.Tensor]:
         """`hidden` with a row of the batch for each row and a copy of the prefix's cache for each, for any model."""
@@ -360,24 +369,14 @@ class LM:
         ends = ends or (lambda ids: ids[-1] in self.stop_ids)
         if own := self.cartridge():
             prompts, prefix = [(*own.ids, *ids) for ids in prompts], own
-        start = len(prefix.ids) if prefix else 0
-        bodies = [list(ids[start:]) for ids in prompts]
-        length = max(map(len, bodies))
-        ids = torch.tensor([[PAD] * (length - len(b)) + b for b in bodies], device=self.device)  # [B, L]
-        mask = torch.tensor([[0] * (length - len(b)) + [1] * len(b) for b in bodies], device=self.device)  # [B, L]
-        positions = start + (mask.cumsum(1) - 1).clamp(min=0)  # [B, L]
-        cache = self._row_caches(prefix, len(prompts))
-        sharable = all(type(layer) is RoomyLayer for layer in cache.layers)
+        begun = self._begin(prompts, prefix)
+        writer: Growing | Fixed = begun
         generators = [torch.Generator().manual_seed(seed) for seed in seeds] if temperature > 0 else []
         written: list[list[int]] = [[] for _ in prompts]
         states: list[list[torch.Tensor]] = [[] for _ in prompts]
-        alive = list(range(len(prompts)))  # rows of the batch that still write
-        for _ in range(max_new_tokens):
-            with self._behind(prefix, mask, ids.shape[1]) as seen:
-                out = self._backbone(
-                    input_ids=ids, attention_mask=seen, position_ids=positions, cache=cache, use_cache=True
-                )
-            last = out.last_hidden_state[:, -1].clone()  # [B, d]; a view would keep the states of all prompts
+        alive = list(range(len(prompts)))  # the rows that the writer has
+        last = begun.read()  # [B, d]
+        for left in range(max_new_tokens - 1, -1, -1):
             logits = self.head(last)  # [B, V]
             check_finite(logits.amax(-1), "the next-token logits")
             if temperature > 0:
@@ -395,39 +394,42 @@ class LM:
                     if row == 0 and on_token:
                         on_token(token)
             keep = [i for i, row in enumerate(alive) if not ends(written[row])]
-            if not keep:
+            if not keep or not left:
                 break
-            if sharable and len(keep) < len(alive):
-                index = torch.tensor(keep, device=self.device)
-                cache.batch_select_indices(index)
-                mask, positions = mask[index], positions[index]
+            if writer.keep(keep):
                 alive, chosen = [alive[i] for i in keep], [chosen[i] for i in keep]
-            ids = torch.tensor(chosen, device=self.device)[:, None]  # [B, 1]
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-            positions = positions[:, -1:] + 1
+            if writer is begun and self.records and begun.sharable and left >= WORTH_RECORDING:
+                try:
+                    writer = Fixed(begun, self.model.config, left)
+                    last = writer.write(chosen)
+                    begun.cache.layers.clear()  # which were copied
+                    continue
+                except RuntimeError:  # it waits for the GPU somewhere
+                    writer, self.records = begun, False
+            last = writer.write(chosen)
         return written, [torch.stack(row) for row in states]
 
-    def _row_caches(self, prefix: Prefix | None, batch: int) -> DynamicCache:
-        """A cache for each of `batch` rows: empty, where the prefix can stay where it is, or with a copy of it."""
-        if prefix and not self.can_pack:
-            return prefix.cache(batch)
-        cache = DynamicCache(config=self.model.config)
-        if self.can_share:
+    def _begin(self, prompts: Sequence[Sequence[int]], prefix: Prefix | None) -> Growing:
+        """Rows that are about to write: with caches that are empty, where the prefix can stay where it is, or hold a copy of it."""
+        start, config = len(prefix.ids) if prefix else 0, self.model.config
+        copied = prefix if prefix and not self.can_pack else None
+        cache = copied.cache(len(prompts)) if copied else DynamicCache(config=config)
+        if self.can_share and not copied:
             cache.layers = [RoomyLayer() for _ in cache.layers]
-        return cache
+        bodies = [ids[start:] for ids in prompts]
+        shared = prefix.layers if prefix and not copied else None
+        return Growing(self._last, bodies, cache, self.device, start=start, shared=shared, pad=PAD)
 
-    @contextlib.contextmanager
-    def _behind(self, prefix: Prefix | None, mask: torch.Tensor, new: int) -> Iterator[torch.Tensor | None]:
-        """Inside, the last `new` tokens of rows see the prefix and what `mask` [B, L] lets them see of their own row;
-        gives the mask that the model is to be called with."""
-        if not prefix or not self.can_pack:
-            yield torch.cat([mask.new_ones(len(mask), len(prefix.ids)), mask], 1) if prefix else mask
-            return
-        length = mask.shape[1]
-        later = torch.ones(new, length, dtype=torch.bool, device=mask.device).triu(length - new + 1)  # [M, L]
-        hidden = (mask == 0)[:, None] | later  # [B, M, L]
-        with packed(self.model.config.get_text_config(), Behind(prefix.layers, hidden[None, :, None])):
-            yield None
+    def _last(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: Any, mask: torch.Tensor | None, behind: Behind | None
+    ) -> torch.Tensor:
+        """States of the last of some new tokens [B, M] of rows that have a cache, [B, d]."""
+        layout = packed(self.model.config.get_text_config(), behind) if behind else contextlib.nullcontext()
+        with layout:
+            out = self._backbone(
+                input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
+            )
+        return torch.as_tensor(out.last_hidden_state[:, -1].clone())  # a view would keep the states of all prompts
 
     # -- the adapter --------------------------------------------------------------------------------------------------
 

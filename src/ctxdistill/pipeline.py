@@ -34,6 +34,7 @@ from ctxdistill.crosstalk import groups_of, matrix
 from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe, synthesize
 from ctxdistill.errors import DataError, GateError, ModelError, RecipeError, RunError
 from ctxdistill.lm import LM, common_prefix
+from ctxdistill.objective import Example
 from ctxdistill.policy import Rounds
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
@@ -42,7 +43,7 @@ from ctxdistill.session import Piece, Session
 from ctxdistill.spool import Lazy
 from ctxdistill.store import TargetStore
 from ctxdistill.targets import Ask, Labelling, label
-from ctxdistill.train import Example, State, train
+from ctxdistill.train import State, train
 from ctxdistill.weights import load_tokenizer, packaged_gguf, pick_device
 
 log = logging.getLogger("ctxdistill")

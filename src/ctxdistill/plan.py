@@ -23,11 +23,11 @@ from ctxdistill.dataset import Data
 from ctxdistill.evaluate import score_arm, teacher_targets
 from ctxdistill.generic import TRAINED
 from ctxdistill.lm import LM
+from ctxdistill.objective import Example, batch_loss
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe, TargetsSection
 from ctxdistill.store import Target, TargetStore
 from ctxdistill.targets import label
-from ctxdistill.train import Example, batch_loss
 
 ARMS_TIMED = 3
 

@@ -30,13 +30,14 @@ from ctxdistill import processes
 from ctxdistill.caches import Prefix
 from ctxdistill.errors import RunError, TrainError
 from ctxdistill.lm import LM
+from ctxdistill.objective import Example, Stats, batch_loss
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import CompletionsSection, Recipe, TrainSection
 from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress
 from ctxdistill.spool import Lazy
 from ctxdistill.store import TargetStore
 from ctxdistill.targets import label
-from ctxdistill.train import Example, Stats, batch_loss, rows_of
+from ctxdistill.train import rows_of
 
 JUDGED = 64
 """Completions of a round, the first ones, on which KL and entropy are measured for its line."""

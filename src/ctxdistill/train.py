@@ -24,37 +24,25 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ctxdistill import losses, processes, sealed, trackers
+from ctxdistill import processes, sealed, trackers
 from ctxdistill.errors import TrainError
 from ctxdistill.lm import LM
+from ctxdistill.objective import Example, Stats, add, batch_loss
 from ctxdistill.prompts import join
 from ctxdistill.recipe import TrainSection
+from ctxdistill.replay import Replay
 from ctxdistill.rundir import Progress, RunDir, no_progress, write_atomic
-from ctxdistill.store import Target
 
-
-@dataclass(frozen=True)
-class Example:
-    """A row to learn from: the student's prompt and the teacher's target for one completion."""
-
-    id: str
-    prompt: tuple[int, ...]
-    target: Target
-
-
-LOGITS = 2**22
-"""Logits of a chunk of the loss on a CPU: 16 MB in fp32, which stay in its cache between the passes over them. An
-accelerator gets 16 times as many."""
 NOTHING = 1e-6
 """A loss below this, in nats per token, leaves nothing to learn."""
 Source = Callable[[int], list[Example]]
 """What is learnt from at a step (counted from 0), where it is not the rows of `rows_of` as they are."""
-Stats = dict[str, torch.Tensor]
-"""Sums over the positions of a step, by name."""
-
-
 SUMS = ("loss", "retain", "kl", "reverse_kl", "jsd", "forward_kl", "ce", "teacher_entropy", "student_entropy")
-"""All names that `Stats` may have."""
+"""All sums over the positions of a step that there may be."""
+GPU = "cuda"
+"""The devices that replay steps."""
+SEEN = 256
+"""Steps whose rows say how much room a recorded one needs."""
 
 
 class Part(NamedTuple):
@@ -81,71 +69,6 @@ class State:
     tokens: int = 0
     """Supervised tokens so far."""
     stopped: bool = False
-
-
-def position_loss(
-    lm: LM, targets: Sequence[Target], section: TrainSection, stats: Stats | None = None
-) -> Callable[[torch.Tensor, slice], torch.Tensor]:
-    """The loss at each supervised position, as a function of the student's hidden states [p, d] there.
-
-    The teacher's side is `targets` in a row; `stats` collects sums over positions for the log.
-    """
-    kept = {
-        name: torch.cat([t.tensors[name] for t in targets]).to(lm.device) for name in targets[0].tensors
-    }  # [P, ...]
-    ids = torch.tensor([i for t in targets for i in t.ids], device=lm.device)  # [P]
-
-    soft = section.temperature
-
-    def loss(hidden: torch.Tensor, where: slice) -> torch.Tensor:
-        logits = lm.head(hidden)  # [p, V]
-        student = losses.log_softmax(logits)  # [p, V]
-        teacher = None
-        if "topk_ids" in kept:
-            values, index = kept["topk_logprobs"][where], kept["topk_ids"][where].long()
-            divergence = losses.topk_divergence(section.loss, values, index, student, soft)
-        else:
-            with torch.no_grad():
-                theirs = kept["logprobs"][where] if "logprobs" in kept else lm.head(kept["hidden"][where])  # [p, V]
-                teacher = losses.log_softmax(theirs)  # [p, V]
-            if soft == 1:
-                divergence = losses.of_logprobs(section.loss, teacher, student)
-            else:
-                divergence = losses.divergence(section.loss, theirs, logits, soft)
-        if stats is not None:
-            # named by what it is: `kl` in the log is always KL(teacher || student)
-            add(stats, "kl" if section.loss == "forward_kl" and soft == 1 else section.loss, divergence)
-            add(stats, "student_entropy", losses.entropy(student))
-            if teacher is not None:
-                add(stats, "teacher_entropy", losses.entropy(teacher))
-        if section.ce_weight == 0:
-            return divergence
-        ce = losses.cross_entropy(student, ids[where])
-        if stats is not None:
-            add(stats, "ce", ce)
-        return (1 - section.ce_weight) * divergence + section.ce_weight * ce
-
-    return loss
-
-
-def add(stats: Stats, name: str, values: torch.Tensor) -> None:
-    """Add to a sum that stays on the device: to read it in every chunk would make an accelerator wait."""
-    total = values.detach().sum()
-    stats[name] = stats[name] + total if name in stats else total
-
-
-def batch_loss(lm: LM, batch: Sequence[Example], section: TrainSection, stats: Stats | None = None) -> torch.Tensor:
-    """Sum of the loss over all supervised positions of `batch`, from one student forward."""
-    loss = position_loss(
-        lm, [e.target for e in batch], section, stats
-    )  # its copies to an accelerator end before it is busy
-    hidden = torch.cat(lm.hidden([join(e.prompt, e.target.ids) for e in batch]))  # [P, d]
-    if lm.trains_head:  # its gradient needs all logits at once
-        return loss(hidden, slice(None)).sum()
-    at_once = LOGITS if lm.device.type == "cpu" else 16 * LOGITS
-    chunk = max(16, at_once // lm.model.config.get_text_config().vocab_size)
-    total, _ = losses.chunked(loss, hidden, chunk=chunk)
-    return total
 
 
 class Step(torch.nn.Module):
@@ -271,6 +194,7 @@ def train(
     if section.gradient_checkpointing:
         lm.model.activation_checkpointing_enable()
     model = Step.of_all(lm)
+    replays = {} if source else recordings(lm, examples, retained, section, steps)
     if state.step == 0 and validation:
         validate(lm, validation, section, state, per_epoch, run, parameters, log)
 
@@ -282,13 +206,13 @@ def train(
         parts = [Part(batch, float(tokens), section, "loss")]
         if kept:
             mean = sum(len(e.target.ids) for e in kept) / section.retain_weight
-            parts.append(Part(kept, mean, section.model_copy(update={"ce_weight": 0.0}), "retain"))
+            parts.append(Part(kept, mean, as_retained(section), "retain"))
         rate = learning_rate(state.step, steps, section)
         for group in optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(section.seed * 1_000_003 + state.step + (processes.rank() << 40))  # dropout, if any
         optimizer.zero_grad()
-        sums = backward(model, parts)
+        sums = backward(model, parts, replays)
         stats = {name: float(value) for name, value in sums.items()}
         total = stats.pop("loss", 0.0) + (retain := stats.pop("retain", 0.0))
         norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), section.clip))
@@ -327,8 +251,35 @@ def train(
     return state
 
 
-def backward(model: torch.nn.Module, parts: Sequence[Part]) -> Stats:
-    """Leave the gradient of a step on the trained weights, that of all processes together; returns the sums for the log."""
+def recordings(
+    lm: LM, examples: Sequence[Example], retained: Sequence[Example], section: TrainSection, steps: int
+) -> dict[str, Replay]:
+    """What a GPU replays in the place of the parts of a step, by their names; of several processes none does."""
+    if lm.device.type != GPU or processes.count() > 1 or not section.cuda_graphs:
+        return {}
+    some = range(min(steps, SEEN))
+    batches = {"loss": [[examples[i] for i in rows_of(step, len(examples), section)] for step in some]}
+    if section.retain_weight:
+        batches["retain"] = [retained_at(step, retained, section) for step in some]
+    made = {}
+    for name, whole in batches.items():
+        how = section if name == "loss" else as_retained(section)
+        found = Replay.of(
+            lm, [rows for one in whole for rows in shares(one, how.micro_batch or len(one))], how, log=name == "loss"
+        )
+        if found:
+            made[name] = found
+    return made
+
+
+def as_retained(section: TrainSection) -> TrainSection:
+    """How the student is held to the base model: without cross-entropy."""
+    return section.model_copy(update={"ce_weight": 0.0})
+
+
+def backward(model: torch.nn.Module, parts: Sequence[Part], replays: dict[str, Replay] | None = None) -> Stats:
+    """Leave the gradient of a step on the trained weights, that of all processes together; returns the sums for the log.
+    A part that fits in one of `replays` is replayed; one that cannot be recorded is dropped from them."""
     world, sums, todo = processes.count(), Stats(), list[Part]()
     for rows, divisor, how, name in parts:
         for micro in shares(rows, how.micro_batch or len(rows)):
@@ -336,8 +287,15 @@ def backward(model: torch.nn.Module, parts: Sequence[Part]) -> Stats:
             todo.append(Part(micro, divisor, how, name) if micro else Part(rows[:1], math.inf, how, ""))
     for number, (rows, divisor, how, name) in enumerate(todo, 1):
         last = number == len(todo)
+        noted = sums if name == "loss" else None
+        if replays and name in replays and replays[name].fits(rows):
+            try:
+                add(sums, name, replays[name](rows, divisor, noted))
+                continue
+            except RuntimeError:  # it waits for the GPU somewhere, or the memory does not hold a second pass
+                del replays[name]
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
-            loss = model(rows, how, sums if name == "loss" else None) / divisor
+            loss = model(rows, how, noted) / divisor
             (loss * world).backward()  # DDP takes the mean over processes
         add(sums, name, loss)
     if world == 1:

@@ -1,0 +1,39 @@
+"""Work that is recorded once on a GPU and then replayed.
+
+A small model is thousands of short kernels a step, and a processor takes longer to start each than a GPU to run it. A CUDA
+graph starts them all at once. In: work that reads and writes the same tensors each time, of the same sizes, and waits for
+nothing. Out: a function that does it again. Invariant: on other devices that function is the work itself, so that all but the
+recording is the same there (`tests/test_replay.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def recorded(work: Callable[[], T], device: torch.device) -> Callable[[], T]:
+    """`work` as a function that gives the same tensors each time, with new numbers in them. On a GPU, it is done once before.
+
+    Raises: RuntimeError, from `work` or from CUDA, for work that waits for the GPU.
+    """
+    if device.type != "cuda":
+        return work
+    beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    beside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(beside):
+        work()  # libraries choose and set up now what they may not while recording
+    torch.cuda.current_stream(device).wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = work()
+
+    def replay() -> T:
+        graph.replay()
+        return found
+
+    return replay
