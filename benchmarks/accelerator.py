@@ -6,7 +6,8 @@ once; `read`, that context itself, eight at once; `write`, the same rows' first 
 rank 16 on all linear layers over rows of 24 template, 25 query, and 34 or 512 answer tokens. Best of three after a first
 one. `use` is the FLOPs that `accounts` counts over what a large product of matrices does in the same time in the same run.
 `busy` is the part of the time in which some kernel ran, from a profile of one more run: what is missing to 1 is the
-processor that starts kernels. Prints the kernels that took longest. `--compile` compiles the blocks, too.
+processor that starts kernels. Writing and training are timed as they are done, recorded once and replayed, and as they would be
+otherwise (`not recorded`). Prints the kernels that took longest.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from ctxdistill import packing
 from ctxdistill.accounts import Peak, forward_flops, training_flops
-from ctxdistill.lm import LM, block_lists
+from ctxdistill.lm import LM
 from ctxdistill.objective import Example, Stats, batch_loss
 from ctxdistill.prompts import join
 from ctxdistill.recipe import LoraSection, TrainSection
+from ctxdistill.replay import Replay
 from ctxdistill.store import Target
 
 SHAPES: dict[str, Callable[[], Any]] = {
@@ -67,7 +68,7 @@ def make(shape: str, device: torch.device) -> LM:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     info = {"architecture": type(model).__name__, "revision": None, "window": config.max_position_embeddings}
     lm = LM(model, None, device, info)
-    assert lm.can_pack
+    lm.records = lm.can_pack and device.type == "cuda"
     return lm
 
 
@@ -131,18 +132,20 @@ def jobs(lm: LM) -> list[tuple[str, int, float, Callable[[], object]]]:
     def reading() -> list[Any]:
         return [lm._read_prefix(context) for _ in range(8)]
 
-    def writing() -> object:
-        return lm.write([[*context, *q] for q in queries], max_new_tokens=WRITTEN, ends=lambda _: False, prefix=prefix)
+    def writing(record: bool) -> object:
+        prompts = [[*context, *q] for q in queries]
+        return lm.write(prompts, max_new_tokens=WRITTEN, ends=lambda _: False, prefix=prefix, record=record)
 
     steps = forward_flops(lm, QUERY + WRITTEN - 1, CONTEXT, projected=WRITTEN)
     return [
         ("read the context", 8 * CONTEXT, 8 * forward_flops(lm, CONTEXT), reading),
         (f"label {ROWS} rows", ROWS * each, ROWS * forward_flops(lm, each, CONTEXT), lambda: lm.hidden(rows, prefix)),
-        (f"write {ROWS} rows", ROWS * WRITTEN, ROWS * steps, writing),
+        (f"write {ROWS} rows", ROWS * WRITTEN, ROWS * steps, lambda: writing(True)),
+        ("  not recorded", ROWS * WRITTEN, ROWS * steps, lambda: writing(False)),
     ]
 
 
-def training(lm: LM, rows: int, answer: int) -> tuple[str, int, float, Callable[[], object]]:
+def training(lm: LM, rows: int, answer: int, record: bool) -> tuple[str, int, float, Callable[[], object]]:
     generator, config = torch.Generator().manual_seed(1), lm.model.config
     template = draw(TEMPLATE, config.vocab_size, generator)
     batch = []
@@ -154,21 +157,30 @@ def training(lm: LM, rows: int, answer: int) -> tuple[str, int, float, Callable[
         )
     parameters = list(lm.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    replayed = Replay.of(lm, [batch], TrainSection(), log=True) if record else None
 
     def step() -> None:
         stats = Stats()
         optimizer.zero_grad()
-        (batch_loss(lm, batch, TrainSection(), stats) / (rows * answer)).backward()  # type: ignore[no-untyped-call]
+        if replayed:
+            replayed(batch, rows * answer, stats)
+        else:
+            (batch_loss(lm, batch, TrainSection(), stats) / (rows * answer)).backward()  # type: ignore[no-untyped-call]
         float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
         optimizer.step()
 
     whole, head = TEMPLATE + QUERY + answer - 1, forward_flops(lm, 0, projected=answer)
     # what the rows share is computed once, and both sides are projected
     flops = training_flops(lm, whole, answer, "lora") + head - training_flops(lm, TEMPLATE, 0, "lora") * (1 - 1 / rows)
-    return f"step of {rows} x {answer}", rows * (whole - TEMPLATE) + TEMPLATE, rows * flops, step
+    return (
+        f"step of {rows} x {answer}" if record else "  not recorded",
+        rows * (whole - TEMPLATE) + TEMPLATE,
+        rows * flops,
+        step,
+    )
 
 
-def measure(shape: str, device: torch.device, rate: float, compiled: bool) -> list[dict[str, Any]]:
+def measure(shape: str, device: torch.device, rate: float) -> list[dict[str, Any]]:
     """All jobs of a shape."""
     lm, found = make(shape, device), []
 
@@ -188,17 +200,8 @@ def measure(shape: str, device: torch.device, rate: float, compiled: bool) -> li
     lm.add_adapter(LoraSection(rank=16), 0)
     lm.training(True)
     for rows, answer in STEPS:
-        add(*training(lm, rows, answer))
-    if compiled:
-        AttentionInterface.register(
-            packing.NAME, torch.compiler.disable(packing.attention)
-        )  # it asks what the layout is
-        for name in block_lists(lm.model):
-            for block in lm.model.get_submodule(name):
-                block.compile(dynamic=True)
-        for rows, answer in STEPS:
-            name, *job = training(lm, rows, answer)
-            add(f"{name}, compiled", *job)
+        for record in (True, False):
+            add(*training(lm, rows, answer, record))
     return found
 
 
@@ -208,7 +211,6 @@ def main() -> int:
         "shapes", nargs="*", metavar="SHAPE", help=f"some of {', '.join(SHAPES)}; default: all but tiny"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="measure training with compiled blocks, too")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     options = parser.parse_args()
     if unknown := set(options.shapes) - set(SHAPES):
@@ -219,7 +221,7 @@ def main() -> int:
     print(f"{card}, torch {torch.__version__}; a large product: {rate / 1e12:.1f} TFLOP/s")
     report: dict[str, Any] = {"card": card, "torch": torch.__version__, "product_flops": rate, "shapes": {}}
     for shape in options.shapes or [name for name in SHAPES if name != "tiny"]:
-        found = report["shapes"][shape] = measure(shape, device, rate, options.compile)
+        found = report["shapes"][shape] = measure(shape, device, rate)
         print(
             f"\n{shape}\n{'job':28} {'first s':>8} {'seconds':>8} {'tokens/s':>9} {'use':>6} {'busy':>5} {'peak MB':>8}"
         )

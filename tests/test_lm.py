@@ -26,8 +26,9 @@ def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(params=[False, True], ids=["growing", "fixed"])
-def records(request: pytest.FixtureRequest) -> bool:
+def records(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Write as on a CPU, and with caches of full length as on a GPU, where a token is recorded and replayed."""
+    monkeypatch.setattr("ctxdistill.lm.WORTH_RECORDING", 1)
     return bool(request.param)
 
 
@@ -134,6 +135,7 @@ def test_a_model_that_cannot_be_recorded_writes_on_as_before(llama: Path, monkey
             raise RuntimeError("operation not permitted when stream is capturing")
 
         monkeypatch.setattr("ctxdistill.decoding.recorded", fails)
+        monkeypatch.setattr("ctxdistill.lm.WORTH_RECORDING", 1)
         lm.records = True
         assert lm.generate(prompts, max_new_tokens=8, prefix=prefix) == whole
         assert tried == [1] and not lm.records

@@ -256,7 +256,9 @@ def latency(
         for number, pair in enumerate([*rows[:1], *rows]):  # the first one warms up
             prompt = pair.teacher if arm == "in_context" else pair.student
             started = time.perf_counter()
-            lm.generate([prompt], max_new_tokens=limit, ends=prompter.ends)
+            lm.generate(
+                [prompt], max_new_tokens=limit, ends=prompter.ends, record=False
+            )  # which is not for one request
             times.append(1000 * (time.perf_counter() - started))
             progress(f"time {arm.replace('_', '-')}", number, len(rows))
     return times[1:]

@@ -59,7 +59,7 @@ FEW, MANY = 32, 256
 """Rows side by side that keep a CPU busy, and an accelerator."""
 HELD = 2**32
 """Bytes of the keys and values of rows that are written side by side on an accelerator."""
-WORTH_RECORDING = 4
+WORTH_RECORDING = 8
 """Tokens still to write that make up for recording one of them."""
 AT_ONCE = 2**14
 """Tokens of rows that are read in one forward pass without a gradient; more of them are no faster and take memory."""
@@ -356,12 +356,13 @@ class LM:
         seeds: Sequence[int] = (),
         prefix: Prefix | None = None,
         on_token: Callable[[int], None] | None = None,
+        record: bool = True,
     ) -> tuple[list[list[int]], list[torch.Tensor]]:
         """Continue each prompt until `ends(ids so far)` (default: the last one is a stop token; it is kept) or
         `max_new_tokens`.
 
         Rows are sampled with a generator of their own (`seeds`), so a row's text does not depend on its batch.
-        `on_token` is told each token of the first row as it comes.
+        `on_token` is told each token of the first row as it comes. On a GPU a token is recorded and replayed, if `record`.
 
         Returns: the ids of each row; and the states that they were chosen from, one [T, d] per row, which are what `hidden` gives
             for prompt and ids, up to rounding.
@@ -398,7 +399,7 @@ class LM:
                 break
             if writer.keep(keep):
                 alive, chosen = [alive[i] for i in keep], [chosen[i] for i in keep]
-            if writer is begun and self.records and begun.sharable and left >= WORTH_RECORDING:
+            if writer is begun and record and self.records and begun.sharable and left >= WORTH_RECORDING:
                 try:
                     writer = Fixed(begun, self.model.config, left)
                     last = writer.write(chosen)

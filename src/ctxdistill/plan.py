@@ -67,7 +67,9 @@ def measure(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> Speeds:
         given = teacher_targets(lm, prompter, evaluated, recipe, TargetStore(Path(folder) / "b"))
         _, scored = clocked(lambda: score_arm("zero_shot", lm, prompter, evaluated, given, recipe))
         limit = recipe.eval.max_new_tokens
-        _, request = clocked(lambda: lm.generate([evaluated[0].student], max_new_tokens=limit, ends=prompter.ends))
+        _, request = clocked(
+            lambda: lm.generate([evaluated[0].student], max_new_tokens=limit, ends=prompter.ends, record=False)
+        )
         targets = [target for found in made for target in found]
         train, forward = step(recipe, lm, longest(recipe, rows.pairs["train"], targets))
     count = len(targets)

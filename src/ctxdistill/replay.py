@@ -171,7 +171,8 @@ class Replay:
         for parameter in self.parameters:
             parameter.grad = None
         stats = Stats()
-        hidden = self.lm.states(self.pack)[self.where]  # [P, d]
+        # unlike indexing, its gradient need not sort: what equal indices get is 0
+        hidden = self.lm.states(self.pack).index_select(0, self.where)  # [P, d]
         loss = total_loss(self.lm, hidden, self.known, self.section, stats if self.log else None) * self.scale[0]
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), stats, [parameter.grad for parameter in self.parameters]
