@@ -185,8 +185,8 @@ def measure(shape: str, device: torch.device, rate: float) -> list[dict[str, Any
     lm, found = make(shape, device), []
 
     def add(name: str, tokens: int, flops: float, work: Callable[[], object]) -> None:
-        first = clock(work, device, 1)
-        with Peak(device) as peak:
+        with Peak(device) as peak:  # of the recording, too
+            first = clock(work, device, 1)
             seconds = clock(work, device, 3)
         inside, longest = kernels(work, device)
         found.append({

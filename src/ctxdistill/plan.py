@@ -28,6 +28,7 @@ from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe, TargetsSection
 from ctxdistill.store import Target, TargetStore
 from ctxdistill.targets import label
+from ctxdistill.train import Part, Step, backward, recordings
 
 ARMS_TIMED = 3
 
@@ -102,9 +103,12 @@ def step(recipe: Recipe, lm: LM, batch: Sequence[Example]) -> tuple[float, float
             lm.model.activation_checkpointing_enable()
         parameters = list(lm.trainable().values())
         optimizer = torch.optim.AdamW(parameters, fused=True)
+        how = recipe.train.model_copy(update={"batch_size": len(batch), "retain_weight": 0.0})
+        replays = {} if how.on_policy else recordings(lm, batch, [], how, 1)
+        model, parts = Step(lm), [Part(batch, 1.0, how, "loss")]
 
         def whole() -> None:
-            batch_loss(lm, batch, recipe.train).backward()  # type: ignore[no-untyped-call]
+            backward(model, parts, replays)
             torch.nn.utils.clip_grad_norm_(parameters, recipe.train.clip)
             optimizer.step()
             optimizer.zero_grad()
