@@ -217,3 +217,31 @@ def test_rows_of_a_batch_share_more_than_all_rows_do(lm: LM, monkeypatch: pytest
     assert read == [len(START), len(document) + 9 + 14 + 7 - 3]
     for a, b in zip(one_by_one(lm, rows), found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_what_rounding_may_do_grows_with_the_layers_in_16_bits(llama: object) -> None:
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randn(10, 100, generator=draw)
+    noise = torch.randn(10, 100, generator=draw)
+    exact, half = (LM.load(ModelSection(name=str(llama), device="cpu", dtype=d)) for d in ("float32", "bfloat16"))  # type: ignore[arg-type]
+    assert exact.same(states + 1e-5 * noise, states) and not exact.same(states + 1e-3 * noise, states)
+    assert half.same(states + 0.04 * noise, states) and not half.same(states + 0.06 * noise, states)
+    half.model.config.num_hidden_layers = 28
+    assert half.same(states + 0.2 * noise, states) and not half.same(states + 0.25 * noise, states)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_attends_otherwise_is_padded_and_that_is_said(llama: object, dtype: str) -> None:
+    section = ModelSection(name=str(llama), device="cpu", dtype=dtype)  # type: ignore[arg-type]
+    right = packing.attention
+    assert LM.load(section).can_pack and not LM.load(section).notes
+    for wrong in (
+        lambda m, q, *x, **how: right(m, 1.5 * q, *x, **how),
+        lambda m, q, k, v, *x, **how: right(m, q, k, -v, *x, **how),
+    ):
+        packing.AttentionInterface.register(packing.NAME, wrong)
+        try:
+            lm = LM.load(section)
+        finally:
+            packing.AttentionInterface.register(packing.NAME, right)
+        assert not lm.can_pack and "they are padded" in lm.notes[0]

@@ -68,6 +68,7 @@ def measure(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> Speeds:
         given = teacher_targets(lm, prompter, evaluated, recipe, TargetStore(Path(folder) / "b"))
         _, scored = clocked(lambda: score_arm("zero_shot", lm, prompter, evaluated, given, recipe))
         limit = recipe.eval.max_new_tokens
+        lm.generate([evaluated[0].student], max_new_tokens=2, ends=lambda _: False, record=False)  # warm up
         _, request = clocked(
             lambda: lm.generate([evaluated[0].student], max_new_tokens=limit, ends=prompter.ends, record=False)
         )

@@ -289,7 +289,7 @@ class Labelling:
         how a model's cache works, which is the same for all."""
         if self.caches_well is None:
             read = self.lm.hidden([row], self.prefix)[0]
-            self.caches_well = bool((read - states).abs().max() <= self.lm.rounding * read.abs().max())
+            self.caches_well = self.lm.same(states, read)
         return self.caches_well
 
     def _answers(
