@@ -7,7 +7,8 @@ rank 16 on all linear layers over rows of 24 template, 25 query, and 34 or 512 a
 one. `use` is the FLOPs that `accounts` counts over what a large product of matrices does in the same time in the same run.
 `busy` is the part of the time in which some kernel ran, from a profile of one more run: what is missing to 1 is the
 processor that starts kernels. Writing and training are timed as they are done, recorded once and replayed, and as they would be
-otherwise (`not recorded`). Prints the kernels that took longest.
+otherwise (`not recorded`). Prints the kernels that took longest, and milliseconds of one layer's attention by the flash kernels and
+with all scores at once.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from ctxdistill import packing
 from ctxdistill.accounts import Peak, forward_flops, training_flops
-from ctxdistill.lm import LM
+from ctxdistill.lm import LM, head_size
 from ctxdistill.objective import Example, Stats, batch_loss
 from ctxdistill.prompts import join
 from ctxdistill.recipe import LoraSection, TrainSection
@@ -54,6 +56,8 @@ SHAPES: dict[str, Callable[[], Any]] = {
 CONTEXT, TEMPLATE, QUERY, ANSWER, ROWS, WRITTEN = 1000, 24, 25, 34, 256, 64
 STEPS = ((8, ANSWER), (64, ANSWER), (8, 512))
 """Rows of a step, and tokens of their answers."""
+ATTENTIONS = ((256, 58, 1000, False), (8, 58, 24, True), (64, 58, 24, True), (8, 535, 24, True))
+"""Rows, their tokens, tokens of what they share, and whether with a gradient, of the attentions that are timed."""
 TOP = 6
 """Kernels of a profile that are shown."""
 
@@ -91,8 +95,8 @@ def wait(device: torch.device) -> None:
 
 def product_rate(device: torch.device) -> float:
     """FLOPs per second of a large product of matrices."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16 if n > 1024 else torch.float32) for _ in range(2))
+    n = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16 if n > 512 else torch.float32) for _ in range(2))
     clock(lambda: a @ b, device, 3)
     return 2 * n**3 * 10 / clock(lambda: [a @ b for _ in range(10)], device, 3)
 
@@ -180,9 +184,42 @@ def training(lm: LM, rows: int, answer: int, record: bool) -> tuple[str, int, fl
     )
 
 
+def attention(lm: LM, device: torch.device) -> list[tuple[str, float, float]]:
+    """What is attended to, and milliseconds by the flash kernels and with all scores at once: the mean of ten after three."""
+    config, dtype = lm.model.config, lm.model.dtype
+    kv, size, found = config.num_key_value_heads, head_size(config), []
+    for rows, own, start, learns in ATTENTIONS:
+        shapes = (
+            (kv, rows, config.num_attention_heads // kv, own, size),
+            *[(kv, rows, own, size)] * 2,
+            *[(kv, start, size)] * 2,
+        )
+        tensors = [torch.randn(shape, device=device).to(dtype) / size**0.25 for shape in shapes]
+        for tensor in tensors:
+            tensor.requires_grad_(learns)
+
+        def work(
+            attend: Callable[..., torch.Tensor], *more: Any, tensors: Any = tensors, learns: bool = learns
+        ) -> None:
+            out = attend(*tensors, *more)
+            if learns:
+                out.backward(torch.ones_like(out))  # type: ignore[no-untyped-call]
+
+        took = []
+        for job in ((packing._flash, None), (packing._in_pieces, None, 0.0)):
+            clock(lambda job=job: [work(*job) for _ in range(3)], device, 1)  # type: ignore[misc]
+            took.append(100 * clock(lambda job=job: [work(*job) for _ in range(10)], device, 1))  # type: ignore[misc]
+        how = "both ways" if learns else "forward"
+        found.append((f"{rows} rows of {own} behind {start}, {how}", took[0], took[1]))
+    return found
+
+
 def measure(shape: str, device: torch.device, rate: float) -> list[dict[str, Any]]:
     """All jobs of a shape."""
     lm, found = make(shape, device), []
+    print(f"\n{shape}")
+    for name, flash, whole in attention(lm, device):
+        print(f"attention, {name}: {flash:.3f} ms by the flash kernels, {whole:.3f} with all scores")
 
     def add(name: str, tokens: int, flops: float, work: Callable[[], object]) -> None:
         with Peak(device) as peak:  # of the recording, too
@@ -222,9 +259,7 @@ def main() -> int:
     report: dict[str, Any] = {"card": card, "torch": torch.__version__, "product_flops": rate, "shapes": {}}
     for shape in options.shapes or [name for name in SHAPES if name != "tiny"]:
         found = report["shapes"][shape] = measure(shape, device, rate)
-        print(
-            f"\n{shape}\n{'job':28} {'first s':>8} {'seconds':>8} {'tokens/s':>9} {'use':>6} {'busy':>5} {'peak MB':>8}"
-        )
+        print(f"{'job':28} {'first s':>8} {'seconds':>8} {'tokens/s':>9} {'use':>6} {'busy':>5} {'peak MB':>8}")
         for r in found:
             print(
                 f"{r['job']:28} {r['first_s']:8.2f} {r['seconds']:8.4f} {r['tokens_per_s']:9,.0f} {r['use']:6.1%} "

@@ -148,3 +148,19 @@ def test_the_arithmetic_of_scaling_is_that_of_the_accounts(
     assert run(benchmark, monkeypatch, "--price", "3") == 0
     out = capsys.readouterr().out
     assert "cost at 3 per GPU hour" in out and "does not fit" in out
+
+
+@pytest.mark.parametrize("benchmark", ["accelerator"], indirect=True)
+def test_the_gpu_benchmark_runs_on_a_cpu(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"CONTEXT": 40, "ROWS": 4, "WRITTEN": 3, "STEPS": ((2, 5),), "ATTENTIONS": ((2, 5, 7, True),)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(benchmark, name, value)
+    output = tmp_path / "o.json"
+    assert run(benchmark, monkeypatch, "tiny", "--device", "cpu", "--json", str(output)) == 0
+    found = json.loads(output.read_text())["shapes"]["tiny"]
+    jobs = ["read the context", "label 4 rows", "write 4 rows", "  not recorded", "step of 2 x 5", "  not recorded"]
+    assert [job["job"] for job in found] == jobs
+    assert all(job["tokens_per_s"] > 0 and job["use"] > 0 for job in found)
+    assert "2 rows of 5 behind 7, both ways" in capsys.readouterr().out
