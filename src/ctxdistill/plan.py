@@ -104,8 +104,8 @@ def step(recipe: Recipe, lm: LM, batch: Sequence[Example]) -> tuple[float, float
             lm.model.activation_checkpointing_enable()
         parameters = list(lm.trainable().values())
         optimizer = torch.optim.AdamW(parameters, fused=True)
-        how = recipe.train.model_copy(update={"batch_size": len(batch), "retain_weight": 0.0})
-        replays = {} if how.on_policy else recordings(lm, batch, [], how, 1)
+        how = recipe.train.model_copy(update={"retain_weight": 0.0})
+        replays = recordings(lm, [batch], [], how)
         model, parts = Step(lm), [Part(batch, 1.0, how, "loss")]
 
         def whole() -> None:

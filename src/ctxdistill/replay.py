@@ -41,11 +41,7 @@ class Sizes(NamedTuple):
 
 
 class Replay:
-    """The pass for rows of at most some sizes.
-
-    Attributes:
-        sizes: what fits.
-    """
+    """The pass for rows of at most some `sizes`, which all begin with `start`."""
 
     def __init__(
         self, lm: LM, section: TrainSection, start: Sequence[int], sizes: Sizes, like: Example, log: bool
@@ -62,15 +58,9 @@ class Replay:
         behind, p = sizes.tokens + 1, sizes.supervised  # at least one token is padding
         total = len(start) + behind
         self.pack = Pack(
-            room(1, total),
-            room(1, total),
-            [],
-            room(sizes.rows + 1, sizes.longest),
-            room(behind),
-            len(start),
-            None,
-            None,
-        )
+            ids=room(1, total), positions=room(1, total), where=[], rows=room(sizes.rows + 1, sizes.longest),
+            back=room(behind), start=len(start), cached=None, hidden=None,
+        )  # fmt: skip
         teacher = {name: room(p, *x.shape[1:], dtype=x.dtype) for name, x in like.target.tensors.items()}
         self.known = Said(teacher, room(p), room(p, dtype=torch.float32))
         self.where, self.scale = room(p), room(1, dtype=torch.float32)
@@ -78,7 +68,7 @@ class Replay:
     @classmethod
     def of(cls, lm: LM, batches: Iterable[Sequence[Example]], section: TrainSection, *, log: bool) -> Replay | None:
         """For steps that are like `batches`; None, where a step cannot be recorded or would be padding for the most part."""
-        batches = [batch for batch in batches if batch]
+        batches = list(batches)
         fixed = lm.can_pack and not lm.model.is_activation_checkpointing and not lm.trains_head and not lm.cartridge()
         noisy = any(getattr(m, "p", 0) > 0 for m in lm.model.modules() if isinstance(m, torch.nn.Dropout))
         if not batches or not fixed or noisy:
@@ -125,11 +115,12 @@ class Replay:
         some = [(p, g) for p, g in zip(self.parameters, found, strict=True) if g is not None]
         fresh = [(p, g) for p, g in some if p.grad is None]
         more = [(p.grad, g) for p, g in some if p.grad is not None]
-        own = [self.own.setdefault(p, torch.empty_like(g)) for p, g in fresh]
-        for (parameter, _), memory in zip(fresh, own, strict=True):
-            parameter.grad = memory
+        for parameter, gradient in fresh:
+            if parameter not in self.own:
+                self.own[parameter] = torch.empty_like(gradient)
+            parameter.grad = self.own[parameter]
         if fresh:
-            torch._foreach_copy_(own, [g for _, g in fresh])
+            torch._foreach_copy_([self.own[p] for p, _ in fresh], [g for _, g in fresh])
         if more:
             torch._foreach_add_(*map(list, zip(*more, strict=True)))
 
@@ -156,10 +147,8 @@ class Replay:
             (p.back, back + [(most - 1) * longest] * padding), (self.where, where + [last] * (len(self.where) - count)),
         ):  # fmt: skip
             buffer.copy_(torch.tensor(values))
-        for buffer, found in (
-            (self.known.ids, known.ids),
-            *((self.known.teacher[k], v) for k, v in known.teacher.items()),
-        ):
+        both = [(self.known.ids, known.ids), *((self.known.teacher[k], v) for k, v in known.teacher.items())]
+        for buffer, found in both:
             buffer[:count] = found
             buffer[count:] = found[-1]  # anything that gives a finite loss
         assert self.known.counts is not None

@@ -16,10 +16,10 @@ import json
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -35,14 +35,21 @@ from ctxdistill.rundir import Progress, RunDir, no_progress, write_atomic
 
 NOTHING = 1e-6
 """A loss below this, in nats per token, leaves nothing to learn."""
-Source = Callable[[int], list[Example]]
-"""What is learnt from at a step (counted from 0), where it is not the rows of `rows_of` as they are."""
 SUMS = ("loss", "retain", "kl", "reverse_kl", "jsd", "forward_kl", "ce", "teacher_entropy", "student_entropy")
 """All sums over the positions of a step that there may be."""
 GPU = "cuda"
 """The devices that replay steps."""
 SEEN = 256
-"""Steps whose rows say how much room a recorded one needs."""
+"""Steps whose rows say how much room a recorded one needs; on-policy, those of a round do."""
+
+
+class Source(Protocol):
+    """What is learnt from at a step (counted from 0), where it is not the rows of `rows_of` as they are."""
+
+    batches: dict[int, list[Example]]
+    """The batches that are known by now, by their steps; another object once there are others."""
+
+    def __call__(self, step: int) -> list[Example]: ...
 
 
 class Part(NamedTuple):
@@ -194,13 +201,20 @@ def train(
     if section.gradient_checkpointing:
         lm.model.activation_checkpointing_enable()
     model = Step.of_all(lm)
-    replays = {} if source else recordings(lm, examples, retained, section, steps)
+    known: dict[int, list[Example]] | None = None
+    replays: dict[str, Replay] = {}
+    if not source:
+        some = ([examples[i] for i in rows_of(step, len(examples), section)] for step in range(min(steps, SEEN)))
+        replays = recordings(lm, some, retained, section)
     if state.step == 0 and validation:
         validate(lm, validation, section, state, per_epoch, run, parameters, log)
 
     while state.step < steps and not state.stopped:
         started = time.perf_counter()
         batch = source(state.step) if source else [examples[i] for i in rows_of(state.step, len(examples), section)]
+        if source and source.batches is not known:
+            known = source.batches
+            replays = recordings(lm, known.values(), retained, section)
         tokens = sum(len(e.target.ids) for e in batch)  # of all processes: the one denominator of this step
         kept = retained_at(state.step, retained, section) if section.retain_weight else []
         parts = [Part(batch, float(tokens), section, "loss")]
@@ -252,22 +266,20 @@ def train(
 
 
 def recordings(
-    lm: LM, examples: Sequence[Example], retained: Sequence[Example], section: TrainSection, steps: int
+    lm: LM, batches: Iterable[Sequence[Example]], retained: Sequence[Example], section: TrainSection
 ) -> dict[str, Replay]:
-    """What a GPU replays in the place of the parts of a step, by their names; of several processes none does."""
+    """What a GPU replays in the place of the parts of a step, by their names, for steps like `batches`; of several processes
+    none does."""
     if lm.device.type != GPU or processes.count() > 1 or not section.cuda_graphs:
         return {}
-    some = range(min(steps, SEEN))
-    batches = {"loss": [[examples[i] for i in rows_of(step, len(examples), section)] for step in some]}
+    of_parts = {"loss": list(batches)}
     if section.retain_weight:
-        batches["retain"] = [retained_at(step, retained, section) for step in some]
+        of_parts["retain"] = [retained_at(step, retained, section) for step in range(SEEN)]
     made = {}
-    for name, whole in batches.items():
+    for name, whole in of_parts.items():
         how = section if name == "loss" else as_retained(section)
-        found = Replay.of(
-            lm, [rows for one in whole for rows in shares(one, how.micro_batch or len(one))], how, log=name == "loss"
-        )
-        if found:
+        passes = [rows for one in whole if one for rows in shares(one, how.micro_batch or len(one))]
+        if found := Replay.of(lm, passes, how, log=name == "loss"):
             made[name] = found
     return made
 
