@@ -16,8 +16,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binom, binomtest, t
-from sklearn.metrics import f1_score
 
 Array = NDArray[np.float64]
 
@@ -50,6 +48,8 @@ def bootstrap_mean(values: ArrayLike, *, resamples: int, seed: int) -> Estimate:
     """
     (x,) = _columns(values)
     if _binary(x):
+        from scipy.stats import binomtest  # SciPy takes half a second to load, scikit-learn another
+
         low, high = binomtest(int(x.sum()), len(x)).proportion_ci(method="wilson")
         return Estimate(float(x.mean()), float(low), float(high), len(x))
     return _estimate(float(x.mean()), _resampled_means([x], resamples, seed)[:, 0], len(x))
@@ -121,6 +121,8 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
     if not (_binary(x) and _binary(y)):
         raise ValueError("McNemar's test needs scores that are 0 or 1")
     only_a, only_b = int((x > y).sum()), int((x < y).sum())
+    from scipy.stats import binomtest
+
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
@@ -218,6 +220,8 @@ def sign_flip(differences: ArrayLike) -> float:
     Raises: `ValueError` for no rows and for differences that are not multiples of 1/K with a K up to 64 (0/1 scores, or
     their means over K contexts).
     """
+    from scipy.stats import binom
+
     summed = _finite_table(differences).sum(0)  # [N]
     scale = next((k for k in range(1, 65) if np.abs(summed * k - np.rint(summed * k)).max() < 1e-6), None)
     if scale is None:
@@ -256,6 +260,8 @@ def macro_f1(answers: Sequence[str] | NDArray[np.str_], predictions: Sequence[st
     gold, said = [str(a) for a in answers], [str(p) for p in predictions]
     if not gold or len(gold) != len(said):
         raise ValueError(f"expected as many predictions as answers and at least one, found {len(said)} and {len(gold)}")
+    from sklearn.metrics import f1_score
+
     return float(f1_score(gold, said, labels=sorted(set(gold)), average="macro", zero_division=0.0))
 
 
@@ -344,6 +350,8 @@ def _widening(table: Array) -> float:
     if not between or rows < 2:
         return 1.0
     noise = float(((table - by_set - by_row + mean) ** 2).sum()) / ((sets - 1) * (rows - 1))
+    from scipy.stats import t
+
     full: float = math.sqrt(sets / (sets - 1)) * float(t.ppf(0.975, sets - 1)) / Z95
     return float(1.0 + (full - 1.0) * max(0.0, 1.0 - noise / between))
 
