@@ -11,6 +11,7 @@ import torch
 
 import tiny
 from ctxdistill import kernels, packing, pipeline
+from ctxdistill.graphs import recorded
 from ctxdistill.lm import LM
 from ctxdistill.objective import Example, batch_loss
 from ctxdistill.prompts import join
@@ -162,16 +163,11 @@ def test_what_is_written_is_what_a_cpu_writes(llama: Path) -> None:
                 torch.testing.assert_close(a, b, atol=1e-4 * float(a.abs().max()), rtol=0)
 
 
-def test_rows_side_by_side_follow_from_what_their_caches_take(llama: Path) -> None:
-    lm = load(llama, "bfloat16")  # 3 layers, 2 heads of 8 for keys and values in 16 bits: 192 bytes a token
-    assert lm.rows_at_once(5, 10) == 5
-    assert lm.rows_at_once(None, 10) == 256
-    assert lm.rows_at_once(None, 2**32 // 192 // 100) == 100
-    assert lm.rows_at_once(None, 2**40) == 1
-
-
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["replayed", "with dropout"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_gives_the_same_bits_again_and_from_a_checkpoint(llama: Path, tmp_path: Path, dtype: str) -> None:
+def test_training_gives_the_same_bits_again_and_from_a_checkpoint(
+    llama: Path, tmp_path: Path, dtype: str, dropout: float
+) -> None:
     lm = load(llama, dtype)
     made = examples(lm) * 3
     lm.remove_adapter()
@@ -182,7 +178,7 @@ def test_training_gives_the_same_bits_again_and_from_a_checkpoint(llama: Path, t
             if done == stop_at:
                 raise KeyboardInterrupt
 
-        lm.add_adapter(LoraSection(rank=4, dropout=0.1), 0)
+        lm.add_adapter(LoraSection(rank=4, dropout=dropout), 0)
         try:
             train(lm, made, made[:3], section, RunDir(tmp_path / name), progress=progress)
             return {n: p.detach().clone() for n, p in lm.trainable().items()}
@@ -199,6 +195,16 @@ def test_training_gives_the_same_bits_again_and_from_a_checkpoint(llama: Path, t
     lines = [RunDir(tmp_path / name).read_jsonl("metrics.jsonl") for name in "abc"]
     kept = [[(line["step"], line.get("loss"), line.get("kl")) for line in one] for one in lines]
     assert kept[0] == kept[1] == kept[2]
+
+
+def test_work_that_waits_is_not_recorded_and_leaves_nothing_behind() -> None:
+    before = torch.cuda.current_stream(DEVICE)
+    x = torch.ones(1000, device=DEVICE)
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        recorded(lambda: torch.zeros(1, device=DEVICE).item(), DEVICE)
+    assert torch.cuda.current_stream(DEVICE) == before and torch.cuda.get_sync_debug_mode() == 0
+    assert 300 < torch.nn.functional.dropout(x, 0.5).count_nonzero().item() < 700
+    assert recorded(lambda: x * 2, DEVICE)().sum().item() == 2000
 
 
 def test_nothing_waits_for_the_gpu_inside_a_step(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

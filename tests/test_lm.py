@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
 import tiny
+from ctxdistill.decoding import Fixed
 from ctxdistill.errors import FitError, ModelError
 from ctxdistill.lm import LM, check_fit, common_prefix, linear_layers
 from ctxdistill.recipe import LoraSection, ModelSection
@@ -97,6 +98,33 @@ def test_many_tokens_are_read_in_parts(lm: LM, monkeypatch: pytest.MonkeyPatch) 
     for a, b in zip(whole, lm.hidden(ROWS), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert len(calls) > 1
+    calls.clear()
+    monkeypatch.setattr(lm, "sharded", True)  # other processes may have fewer tokens, and wait for one pass
+    lm.hidden(ROWS)
+    assert len(calls) == 1
+
+
+def test_rows_side_by_side_follow_from_what_their_caches_take(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LM.load(ModelSection(name=str(llama), device="cpu", dtype="bfloat16"))
+    assert (lm.rows_at_once(5, 10), lm.rows_at_once(None, 10**6)) == (5, 32)
+    lm.device = torch.device("cuda")  # 3 layers, 2 heads of 8 for keys and values in 16 bits: 192 bytes a token
+    assert lm.rows_at_once(None, 10) == 256
+    assert lm.rows_at_once(None, 2**32 // 192 // 100) == 100
+    assert lm.rows_at_once(None, 2**40) == 1
+    assert lm.rows_at_once(None, 2**40, shared=2**40 - 10) == 256
+    lm.__dict__["can_pack"] = False  # then each row has a copy of what is shared
+    assert lm.rows_at_once(None, 2**40, shared=2**40 - 10) == 1
+
+
+@torch.no_grad()
+def test_caches_of_full_length_do_not_hold_on_to_those_they_were_made_of(llama: Path) -> None:
+    lm = LM.load(ModelSection(name=str(llama), device="cpu"))
+    begun = lm._begin([ids for ids, _ in ROWS], None)
+    begun.read()
+    fixed = Fixed(begun, lm.model.config, 5)
+    old = {layer.keys.untyped_storage().data_ptr() for layer in begun.cache.layers}
+    assert all(x.untyped_storage().nbytes() == 0 for pair in fixed.shared for x in pair)
+    assert not old & {layer.keys.untyped_storage().data_ptr() for layer in fixed.cache.layers}
 
 
 def test_rows_that_end_early_leave_the_batch(llama: Path, records: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 import tiny
 from ctxdistill import replay
 from ctxdistill import train as loop
+from ctxdistill.errors import TrainError
 from ctxdistill.lm import LM
 from ctxdistill.objective import Example, Stats, batch_loss
 from ctxdistill.recipe import LoraSection, ModelSection, TrainSection
@@ -183,6 +184,44 @@ def test_a_run_that_replays_learns_what_one_that_does_not_learns(
         for key in a.keys() - {"seconds", "event"}:
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-5), key
     assert lines[0][-1]["loss"] < lines[0][0]["loss"]
+
+
+def test_a_resumed_run_replays_and_has_the_same_bits(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "GPU", DEVICE)
+    made = examples(lm) * 2
+    section = TrainSection(epochs=2, lr=0.01, batch_size=4, checkpoint_every=2)
+
+    def go(name: str, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+        def progress(stage: str, done: int, total: int) -> None:
+            if done == stop_at:
+                raise KeyboardInterrupt
+
+        lm.remove_adapter()
+        lm.add_adapter(LoraSection(rank=4), 0)
+        try:
+            loop.train(lm, made, [], section, RunDir(tmp_path / name), progress=progress)
+        except KeyboardInterrupt:
+            return {}
+        return {n: p.detach().clone() for n, p in lm.trainable().items()}
+
+    straight = go("a")
+    assert not go("b", 5)
+    resumed = go("b")
+    assert len(straight) > 10 and all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_a_step_that_does_not_fit_the_memory_ends_the_run(
+    lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "GPU", DEVICE)
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(replay, "recorded", lambda *_: full)
+    with pytest.raises(TrainError, match=r"(?s)does not hold a recorded step.*train\.cuda_graphs = false"):
+        loop.train(lm, examples(lm), [], TrainSection(), RunDir(tmp_path / "run"))
+    assert all(p.grad is None for p in lm.trainable().values())
 
 
 def test_one_that_cannot_be_recorded_is_dropped(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

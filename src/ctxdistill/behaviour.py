@@ -122,10 +122,8 @@ class Check:
         its greedy answer, `prediction`, and whether it is the target's, `same`."""
         prompts = [pair.student for pair in pairs]
         prefix = self.lm.prefix(prompts)
-        longest = max(map(len, prompts), default=0) - (len(prefix.ids) if prefix else 0)
-        size = self.lm.rows_at_once(
-            self.recipe.targets.batch_size, longest + max((len(t.ids) for t in targets), default=0)
-        )
+        tokens = max(map(len, prompts), default=0) + max((len(t.ids) for t in targets), default=0)
+        size = self.lm.rows_at_once(self.recipe.targets.batch_size, tokens, len(prefix.ids) if prefix else 0)
         scores: list[Score] = []
         for start in range(0, len(pairs), size):
             some = slice(start, start + size)

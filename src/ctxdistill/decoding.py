@@ -95,8 +95,11 @@ class Fixed:
         self.hidden[0, :, 0, 0, :length] = begun.mask == 0
         self.cache = DynamicCache(config=config)
         self.cache.layers = [FixedLayer(layer, room, self.at) for layer in begun.cache.layers]
-        none = [(x.keys[:1, :, :0], x.values[:1, :, :0]) for x in begun.cache.layers]
-        self.shared: Layers = begun.shared or tuple(none)
+        shapes = [(1, layer.keys.shape[1], 0, layer.keys.shape[3]) for layer in begun.cache.layers]
+        none = tuple(
+            (begun.cache.layers[0].keys.new_empty(s), begun.cache.layers[0].values.new_empty(s)) for s in shapes
+        )
+        self.shared: Layers = begun.shared or none
         self.run: Callable[[], torch.Tensor] | None = None
 
     def keep(self, rows: Sequence[int]) -> bool:

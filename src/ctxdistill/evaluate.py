@@ -197,8 +197,8 @@ def score_arm(
     with lm.adapter(arm == "distilled"):
         prompts = Lazy.over(pairs, lambda pair: pair.teacher if arm == "in_context" else pair.student)
         prefix = lm.prefix(prompts)
-        longest = max(map(len, prompts), default=0) - (len(prefix.ids) if prefix else 0)
-        batch = lm.rows_at_once(recipe.targets.batch_size, longest + recipe.eval.max_new_tokens)
+        tokens = max(map(len, prompts), default=0) + recipe.eval.max_new_tokens
+        batch = lm.rows_at_once(recipe.targets.batch_size, tokens, len(prefix.ids) if prefix else 0)
         for start in range(0, len(pairs), batch):
             some = slice(start, start + batch)
             if arm == "in_context" and not recipe.prompt.label_words:

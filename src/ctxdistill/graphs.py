@@ -8,6 +8,7 @@ recording is the same there (`tests/test_replay.py`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -23,14 +24,26 @@ def recorded(work: Callable[[], T], device: torch.device) -> Callable[[], T]:
     """
     if device.type != "cuda":
         return work
-    beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    beside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(beside):
-        work()  # libraries choose and set up now what they may not while recording
-    torch.cuda.current_stream(device).wait_stream(beside)
+    own, beside = torch.cuda.current_stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    beside.wait_stream(own)
+    before = torch.cuda.get_sync_debug_mode()
+    # what waits is found now: a recording that fails leaves the generator of random numbers behind in its middle
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ss]ynchronization debug mode.*")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(beside):
+                work()  # libraries choose and set up now what they may not while recording
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    own.wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = work()
+    try:
+        with torch.cuda.graph(graph):
+            found = work()
+    except BaseException:
+        torch.cuda.set_stream(own)  # which a recording that fails does not
+        raise
 
     def replay() -> T:
         graph.replay()

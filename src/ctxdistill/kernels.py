@@ -59,7 +59,9 @@ def _of_cuda_16_bits() -> Kernel:
     )
 
 
-def _of_cuda_32_bits() -> Kernel:
+def _of_cuda_any() -> Kernel:
+    """For 32 bits, and for cards before the eighth generation."""
+
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, _: None) -> tuple[torch.Tensor, ...]:
         out, logs, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=1.0)
         return out, logs[..., : q.shape[2]]
@@ -92,16 +94,17 @@ def repeatable() -> Iterator[None]:
         memory.fill_uninitialized_memory = filled
 
 
-KERNELS = {
-    ("cpu", torch.float32): _of_cpu(),
-    ("cpu", torch.bfloat16): _of_cpu(),
-    ("cpu", torch.float16): _of_cpu(),
-    ("cuda", torch.float32): _of_cuda_32_bits(),
-    ("cuda", torch.bfloat16): _of_cuda_16_bits(),
-    ("cuda", torch.float16): _of_cuda_16_bits(),
-}
+CPU, FLASH, EFFICIENT = _of_cpu(), _of_cuda_16_bits(), _of_cuda_any()
+FLOATS = torch.float32, torch.bfloat16, torch.float16
 
 
 def kernel_of(q: torch.Tensor) -> Kernel | None:
     """The kernel for a tensor's device, type and head size; None: there is none."""
-    return None if q.is_cuda and q.shape[-1] % 8 else KERNELS.get((q.device.type, q.dtype))
+    if q.dtype not in FLOATS:
+        return None
+    if q.is_cuda:
+        if q.shape[-1] % 8:
+            return None
+        flash = q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        return FLASH if flash else EFFICIENT
+    return CPU if q.device.type == "cpu" else None

@@ -81,6 +81,8 @@ class LM:
     """A classification head in place of the vocabulary's, while there is one."""
     base_only: bool = False
     """Whether the adapter is off."""
+    sharded: bool = False
+    """Whether each process has a part of the weights."""
     records: bool = False
     """Whether writing is recorded and replayed; turned off where that fails."""
     notes: list[str] = field(default_factory=list)
@@ -93,6 +95,8 @@ class LM:
         Raises: `ModelError` when there is no such model, or its head is not understood.
         """
         device = pick_device(section.device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # what streams, graphs and waiting mean
         keep_freed_memory()
         dtype = pick_dtype(section.dtype, device)
         source, weights = locate(section, base_dir)
@@ -231,11 +235,12 @@ class LM:
         if self.model.dtype == torch.float32 and self.info.get("quantize") != "8bit":  # LLM.int8 rounds activations
             return bool(off.abs().max() <= 1e-4 * others.abs().max())
         layers = self.model.config.get_text_config().num_hidden_layers
-        return bool(off.norm() <= max(5e-2, layers * torch.finfo(torch.bfloat16).eps) * others.float().norm())
+        return bool(off.norm() <= max(5e-2, 2e-2 * layers**0.5) * others.float().norm())
 
-    def rows_at_once(self, given: int | None, tokens: int) -> int:
+    def rows_at_once(self, given: int | None, tokens: int, shared: int = 0) -> int:
         """Rows to write, read or score side by side: as many as are `given`, else what suits the device, for rows of at most so many
-        `tokens`. The same for the same model, so that batches are formed alike each time."""
+        `tokens`, of which all share the first ones. The same for the same model, so that batches are formed alike each time."""
+        tokens -= shared if self.can_pack else 0  # else each has a copy
         if given:
             return given
         config = self.model.config.get_text_config()
@@ -279,7 +284,13 @@ class LM:
         Returns: one [T, d] tensor per row; entry t predicts completion token t.
         """
         before = len(prefix.ids) if prefix else 0
-        if not torch.is_grad_enabled() and len(rows) > 1 and sum(len(ids) - before for ids, _ in rows) > AT_ONCE:
+        alone = not self.sharded  # processes that share the weights must come to as many passes
+        if (
+            alone
+            and not torch.is_grad_enabled()
+            and len(rows) > 1
+            and sum(len(ids) - before for ids, _ in rows) > AT_ONCE
+        ):
             half = len(rows) // 2
             return self.hidden(rows[:half], prefix) + self.hidden(rows[half:], prefix)
         if own := self.cartridge():
@@ -570,6 +581,7 @@ class LM:
     def shard(self) -> None:
         """Share the frozen blocks out among the processes, to train; a shared-out model is of no use to one of them."""
         blocks = [block for name in block_lists(self.model) for block in self.model.get_submodule(name)]
+        self.sharded = True
         processes.shard(blocks, self.device)
 
     def training(self, on: bool) -> None:

@@ -2,7 +2,7 @@
 
 In: rows of token ids that share a start. Out: a `Pack`, the tokens of one sequence of batch size 1, and an attention function in
 which each row sees the shared start and itself alone. Invariants: every token is in the sequence once, the shared start
-included, so that the linear layers, nine tenths of the arithmetic, compute nothing twice and nothing for padding; a
+included, so that the linear layers, nine tenths of the arithmetic, compute nothing twice and no padding but what `replay` adds; a
 gradient reaches the shared start from all rows; what comes out equals the rows one by one (`tests/test_packing.py`).
 
 The start is either the first tokens of the sequence itself (a student's template, which has a gradient), or a key-value

@@ -57,8 +57,9 @@ class Speeds:
 
 def measure(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> Speeds:
     """Try each stage on a batch of rows."""
-    first = rows.pairs["train"][0]  # what all share is read once, which its student's prompt shows best
-    size = lm.rows_at_once(recipe.targets.batch_size, len(first.student) + recipe.completions.max_new_tokens)
+    first, more = rows.pairs["train"][0], recipe.completions.max_new_tokens
+    shared = max(0, len(first.teacher) - len(first.student))  # about
+    size = lm.rows_at_once(recipe.targets.batch_size, len(first.teacher) + more, shared)
     pairs, evaluated = rows.pairs["train"][:size], rows.pairs["eval"][:size]
     with tempfile.TemporaryDirectory() as folder, Peak(lm.device) as peak:
         with torch.no_grad(), lm.adapter(False):
@@ -129,6 +130,8 @@ def step(recipe: Recipe, lm: LM, batch: Sequence[Example]) -> tuple[float, float
 
 def clocked(work: Any) -> tuple[Any, float]:
     """What `work` returns, and the seconds that it took."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     started = time.perf_counter()
     found = work()
     if torch.cuda.is_available():

@@ -353,7 +353,8 @@ class TrainSection(Section):
     cuda_graphs: bool = True
     """On a GPU of NVIDIA's, record a step once and replay it with other rows: small models are many short kernels, which
     take longer to start than to run. Left out by itself where it cannot be done: with dropout, with gradient
-    checkpointing, in several processes, and for rows of very different lengths. Takes about the memory of a second step."""
+    checkpointing, for a cartridge or all weights, for models that are padded, in several processes, and for rows of very
+    different lengths. Takes about the memory of a second step."""
     validation: Fraction = 0.1
     """Share of the queries held out to choose the best checkpoint and to stop early (0: train on all, keep the last)."""
     patience: NotNegative = 3

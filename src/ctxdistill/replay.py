@@ -115,12 +115,11 @@ class Replay:
         some = [(p, g) for p, g in zip(self.parameters, found, strict=True) if g is not None]
         fresh = [(p, g) for p, g in some if p.grad is None]
         more = [(p.grad, g) for p, g in some if p.grad is not None]
-        for parameter, gradient in fresh:
-            if parameter not in self.own:
-                self.own[parameter] = torch.empty_like(gradient)
-            parameter.grad = self.own[parameter]
+        own = [self.own[p] if p in self.own else torch.empty_like(g) for p, g in fresh]
         if fresh:
-            torch._foreach_copy_([self.own[p] for p, _ in fresh], [g for _, g in fresh])
+            torch._foreach_copy_(own, [g for _, g in fresh])
+        for (parameter, _), gradient in zip(fresh, own, strict=True):
+            parameter.grad = self.own[parameter] = gradient
         if more:
             torch._foreach_add_(*map(list, zip(*more, strict=True)))
 

@@ -138,8 +138,8 @@ class Labelling:
         self.keys: Keys = np.frombuffer(bytes(raw), dtype="S16")  # [N], N = pairs x samples
         prompts = Lazy(range(len(self.keys)), self._prompt)
         first = len(common_prefix(prompts)) if prompts else 0
-        tokens = max(lengths, default=0) - first + self.completions.max_new_tokens
-        self.at_once = lm.rows_at_once(self.kind.batch_size, tokens)
+        tokens = max(lengths, default=0) + self.completions.max_new_tokens
+        self.at_once = lm.rows_at_once(self.kind.batch_size, tokens, first)
         part = documents(prompts, first)[1]  # [N]
         count = np.bincount(part, minlength=1)
         # a document with rows for a good part of a batch has batches of its own, for all of which it is read once; to write

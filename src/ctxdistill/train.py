@@ -304,7 +304,12 @@ def backward(model: torch.nn.Module, parts: Sequence[Part], replays: dict[str, R
             try:
                 add(sums, name, replays[name](rows, divisor, noted))
                 continue
-            except RuntimeError:  # it waits for the GPU somewhere, or the memory does not hold a second pass
+            except torch.OutOfMemoryError:  # to go on without would give other bits than a resumed run
+                raise TrainError(
+                    "the GPU's memory does not hold a recorded step",
+                    fix="lower train.micro_batch, or set train.cuda_graphs = false",
+                ) from None
+            except RuntimeError:  # the model waits for the GPU somewhere
                 del replays[name]
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
             loss = model(rows, how, noted) / divisor
