@@ -257,7 +257,8 @@ def _remarks(evaluation: Mapping[str, Any], level: str, metric: str | None) -> l
     if (share := unrelated_share(evaluation)) is not None and share > UNRELATED:
         kl = cells("kl", evaluation["behaviour"]["unrelated"]["kl"])
         remarks.append(
-            f"It changes unrelated prompts, too: KL to the base model {kl} nats per token, {100 * share:.0f} % of the taught KL."
+            f"It changes unrelated prompts, too: KL to the base model {kl} nats per token, {100 * share:.0f} % of the taught KL; "
+            "train.retain_weight lowers that."
         )
     if gate.get("verdict", "teach") != "teach":
         reasons = "; ".join(gate.get("reasons") or ["no reason recorded"])
