@@ -149,6 +149,18 @@ def test_rows_that_end_early_leave_the_batch(llama: Path, records: bool, monkeyp
     assert [len(ids) for ids in cut[:3]] == [2, 2, 2] and rows[0] == 4 and rows[-1] == 1
 
 
+def test_rows_that_the_memory_does_not_hold_are_said(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LM.load(ModelSection(name=str(llama), device="cpu"))
+    lm.records = True
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("ctxdistill.decoding.recorded", full)
+    with pytest.raises(ModelError, match=r"(?s)does not hold 4 rows.*targets\.batch_size"):
+        lm.generate([ids for ids, _ in ROWS], max_new_tokens=20, ends=lambda _: False)
+
+
 @torch.no_grad()
 def test_a_model_that_cannot_be_recorded_writes_on_as_before(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = LM.load(ModelSection(name=str(llama), device="cpu"))

@@ -1,7 +1,7 @@
 """Rows that write, one token each at a time.
 
 In: the prompts of some rows, behind a start that they may share. Out: the state after each row's last token, from which the next
-one is chosen. Invariants: a row sees the shared start and itself; what is read again is nothing. `Growing` has caches that grow
+one is chosen. Invariants: a row sees the shared start and itself; nothing is read twice. `Growing` has caches that grow
 with the rows and forgets a row at once; `Fixed` goes on from there with caches of full length, so that a GPU can
 record one token and replay it (`graphs`).
 
@@ -95,11 +95,7 @@ class Fixed:
         self.hidden[0, :, 0, 0, :length] = begun.mask == 0
         self.cache = DynamicCache(config=config)
         self.cache.layers = [FixedLayer(layer, room, self.at) for layer in begun.cache.layers]
-        shapes = [(1, layer.keys.shape[1], 0, layer.keys.shape[3]) for layer in begun.cache.layers]
-        none = tuple(
-            (begun.cache.layers[0].keys.new_empty(s), begun.cache.layers[0].values.new_empty(s)) for s in shapes
-        )
-        self.shared: Layers = begun.shared or none
+        self.shared: Layers = begun.shared or tuple((nothing(x.keys), nothing(x.values)) for x in begun.cache.layers)
         self.run: Callable[[], torch.Tensor] | None = None
 
     def keep(self, rows: Sequence[int]) -> bool:
@@ -124,3 +120,8 @@ class Fixed:
     def _work(self) -> torch.Tensor:
         self.hidden.index_fill_(4, self.at, False)
         return self.forward(self.ids, self.positions, self.cache, None, Behind(self.shared, self.hidden))
+
+
+def nothing(states: torch.Tensor) -> torch.Tensor:
+    """A start of no tokens, [1, heads, 0, size], that does not hold on to the memory of `states` as a slice would."""
+    return states.new_empty(1, states.shape[1], 0, states.shape[3])

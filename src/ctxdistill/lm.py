@@ -284,13 +284,9 @@ class LM:
         Returns: one [T, d] tensor per row; entry t predicts completion token t.
         """
         before = len(prefix.ids) if prefix else 0
-        alone = not self.sharded  # processes that share the weights must come to as many passes
-        if (
-            alone
-            and not torch.is_grad_enabled()
-            and len(rows) > 1
-            and sum(len(ids) - before for ids, _ in rows) > AT_ONCE
-        ):
+        many = len(rows) > 1 and sum(len(ids) - before for ids, _ in rows) > AT_ONCE
+        # processes that share the weights must come to as many passes
+        if many and not self.sharded and not torch.is_grad_enabled():
             half = len(rows) // 2
             return self.hidden(rows[:half], prefix) + self.hidden(rows[half:], prefix)
         if own := self.cartridge():
@@ -422,7 +418,12 @@ class LM:
                     last = writer.write(chosen)
                     begun.cache.layers.clear()  # which were copied
                     continue
-                except RuntimeError:  # it waits for the GPU somewhere
+                except torch.OutOfMemoryError:  # to go on without would give other bits than a resumed run
+                    raise ModelError(
+                        f"the GPU's memory does not hold {len(alive)} rows that write side by side",
+                        fix="set targets.batch_size to fewer",
+                    ) from None
+                except RuntimeError:  # the model waits for the GPU somewhere
                     writer, self.records = begun, False
             last = writer.write(chosen)
         return written, [torch.stack(row) for row in states]

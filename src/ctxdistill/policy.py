@@ -101,9 +101,14 @@ class Rounds:
             self.number = number
         return self.batches[step]
 
+    def round(self, step: int) -> range:
+        """The steps of the round that a step belongs to."""
+        first = step // self.length * self.length
+        return range(first, min(first + self.length, self.steps))
+
     def _round(self, number: int, *, begins: bool) -> dict[int, list[Example]]:
         started = time.perf_counter()
-        steps = range(number * self.length, min((number + 1) * self.length, self.steps))
+        steps = self.round(number * self.length)
         items = [Item(step, i) for step in steps for i in rows_of(step, len(self.examples), self.section)]
         own = chosen(len(items), number, share(steps.start, self.steps, self.section), self.section.seed)
         made = dict(zip(own, self._own(number, [items[i] for i in own]), strict=True))

@@ -68,12 +68,16 @@ class Replay:
     @classmethod
     def of(cls, lm: LM, batches: Iterable[Sequence[Example]], section: TrainSection, *, log: bool) -> Replay | None:
         """For steps that are like `batches`; None, where a step cannot be recorded or would be padding for the most part."""
-        batches = list(batches)
         fixed = lm.can_pack and not lm.model.is_activation_checkpointing and not lm.trains_head and not lm.cartridge()
         noisy = any(getattr(m, "p", 0) > 0 for m in lm.model.modules() if isinstance(m, torch.nn.Dropout))
-        if not batches or not fixed or noisy:
+        if not fixed or noisy:
             return None
-        rows = [[join(e.prompt, e.target.ids) for e in batch] for batch in batches]
+        like, rows = None, []
+        for batch in batches:  # what the teacher said of so many rows would be gigabytes
+            like = like or batch[0]
+            rows.append([join(e.prompt, e.target.ids) for e in batch])
+        if like is None:
+            return None
         start = common_prefix([ids[: len(ids) - n] for batch in rows for ids, n in batch])
         if WORTH_SHARING * len(start) < max(len(ids) for batch in rows for ids, _ in batch):
             start = []
@@ -82,7 +86,7 @@ class Replay:
         sizes = Sizes(most.rows, *(-(-n // ROUND) * ROUND for n in most[1:]))
         if sum(each.tokens for each in found) < (1 - WASTE) * most.tokens * len(found):
             return None
-        return cls(lm, section, start, sizes, batches[0][0], log)
+        return cls(lm, section, start, sizes, like, log)
 
     def fits(self, batch: Sequence[Example]) -> bool:
         """Whether the rows have the room and the start."""

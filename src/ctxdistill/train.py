@@ -38,18 +38,33 @@ NOTHING = 1e-6
 SUMS = ("loss", "retain", "kl", "reverse_kl", "jsd", "forward_kl", "ce", "teacher_entropy", "student_entropy")
 """All sums over the positions of a step that there may be."""
 GPU = "cuda"
-"""The devices that replay steps."""
+"""The type of device that replays steps."""
 SEEN = 256
 """Steps whose rows say how much room a recorded one needs; on-policy, those of a round do."""
 
 
 class Source(Protocol):
-    """What is learnt from at a step (counted from 0), where it is not the rows of `rows_of` as they are."""
+    """What is learnt from, step by step (counted from 0)."""
 
-    batches: dict[int, list[Example]]
-    """The batches that are known by now, by their steps; another object once there are others."""
+    def __call__(self, step: int) -> list[Example]:
+        """The batch of a step."""
 
-    def __call__(self, step: int) -> list[Example]: ...
+    def round(self, step: int) -> range:
+        """Steps whose batches can be asked for as soon as that of `step`, the same for each of them."""
+
+
+class Plain:
+    """The rows of `rows_of` as they are."""
+
+    def __init__(self, examples: Sequence[Example], section: TrainSection, steps: int) -> None:
+        self.examples, self.section, self.steps = examples, section, steps
+
+    def __call__(self, step: int) -> list[Example]:
+        return [self.examples[i] for i in rows_of(step, len(self.examples), self.section)]
+
+    def round(self, step: int) -> range:
+        """The first ones, which stand for all."""
+        return range(min(self.steps, SEEN))
 
 
 class Part(NamedTuple):
@@ -201,20 +216,16 @@ def train(
     if section.gradient_checkpointing:
         lm.model.activation_checkpointing_enable()
     model = Step.of_all(lm)
-    known: dict[int, list[Example]] | None = None
-    replays: dict[str, Replay] = {}
-    if not source:
-        some = ([examples[i] for i in rows_of(step, len(examples), section)] for step in range(min(steps, SEEN)))
-        replays = recordings(lm, some, retained, section)
+    source = source or Plain(examples, section, steps)
+    known, replays = range(0), dict[str, Replay]()
     if state.step == 0 and validation:
         validate(lm, validation, section, state, per_epoch, run, parameters, log)
 
     while state.step < steps and not state.stopped:
         started = time.perf_counter()
-        batch = source(state.step) if source else [examples[i] for i in rows_of(state.step, len(examples), section)]
-        if source and source.batches is not known:
-            known = source.batches
-            replays = recordings(lm, known.values(), retained, section)
+        batch = source(state.step)
+        if (now := source.round(state.step)) != known:
+            known, replays = now, recordings(lm, map(source, now), retained, section)
         tokens = sum(len(e.target.ids) for e in batch)  # of all processes: the one denominator of this step
         kept = retained_at(state.step, retained, section) if section.retain_weight else []
         parts = [Part(batch, float(tokens), section, "loss")]
@@ -272,13 +283,13 @@ def recordings(
     none does."""
     if lm.device.type != GPU or processes.count() > 1 or not section.cuda_graphs:
         return {}
-    of_parts = {"loss": list(batches)}
+    of_parts = {"loss": batches}
     if section.retain_weight:
-        of_parts["retain"] = [retained_at(step, retained, section) for step in range(SEEN)]
+        of_parts["retain"] = (retained_at(step, retained, section) for step in range(SEEN))
     made = {}
     for name, whole in of_parts.items():
         how = section if name == "loss" else as_retained(section)
-        passes = [rows for one in whole if one for rows in shares(one, how.micro_batch or len(one))]
+        passes = (rows for one in whole if one for rows in shares(one, how.micro_batch or len(one)))
         if found := Replay.of(lm, passes, how, log=name == "loss"):
             made[name] = found
     return made
