@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from ctxdistill import packing
 from ctxdistill.accounts import Peak, forward_flops, training_flops
+from ctxdistill.fused import fuse_norms
 from ctxdistill.lm import LM, head_size
 from ctxdistill.objective import Example, Stats, batch_loss
 from ctxdistill.prompts import join
@@ -70,6 +71,7 @@ def make(shape: str, device: torch.device) -> LM:
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    fuse_norms(model)
     info = {"architecture": type(model).__name__, "revision": None, "window": config.max_position_embeddings}
     lm = LM(model, None, device, info)
     lm.records = lm.can_pack and device.type == "cuda"

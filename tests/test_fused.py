@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from ctxdistill import fused
-from ctxdistill.fused import fuse
+from ctxdistill.fused import fuse, fuse_norms
 
 
 class Net(torch.nn.Module):
@@ -108,3 +108,69 @@ def test_what_it_does_not_know_is_left_to_peft(what: str, calls: list[int]) -> N
         net.eval()
         net(x)
         assert len(calls) == 2
+
+
+# -- norms ------------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(torch.nn.Module):
+    """The slow, obvious one; `offset` as some models add to the weight."""
+
+    def __init__(self, size: int, offset: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 2, size, dtype=dtype), requires_grad=False)
+        self.eps, self.offset = 1e-3, offset
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        x = x if gate is None else x * gate
+        scale = (x.float().pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
+        return (x.float() * scale).to(x.dtype) * (self.weight + self.offset)
+
+
+def is_fused(net: torch.nn.Module) -> bool:
+    return isinstance(net.forward, fused._Norm)
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (2, 3, 4, 24)])
+def test_values_and_gradients_are_those_of_the_norm(shape: tuple[int, ...]) -> None:
+    net = RMSNorm(24)
+    found = []
+    for _ in range(2):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).mul_(0.1).requires_grad_()
+        out = net(x)
+        found.append([out, *torch.autograd.grad((out * torch.linspace(-1, 1, 24)).sum(), x)])
+        fuse_norms(net)
+    assert is_fused(net) and found[1][0].grad_fn.name().startswith("_RootMeanSquare")
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_norm_gradcheck() -> None:
+    x, weight = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: fused._RootMeanSquare.apply(x, weight, 1e-2), (x,))
+
+
+def test_a_norm_that_computes_something_else_is_left_alone() -> None:
+    for other in (RMSNorm(24, offset=1.0), torch.nn.LayerNorm(24).requires_grad_(False)):
+        fuse_norms(other)
+        assert not is_fused(other)
+    eps = RMSNorm(24)
+    eps.variance_epsilon = 1e-6  # type: ignore[assignment]
+    fuse_norms(eps)  # what it says is not what it does
+    assert not is_fused(eps)
+
+
+def test_what_a_norm_is_not_tried_on_goes_to_its_own_code() -> None:
+    net, x = RMSNorm(24), torch.randn(3, 24)
+    fuse_norms(net)
+    gate = torch.rand(3, 24)
+    assert torch.equal(net(x, gate=gate), RMSNorm.forward(net, x, gate))
+    assert net(x.bfloat16()).dtype == torch.float32  # as it is with its own
+    net.weight.requires_grad_()  # all weights are trained
+    net(x).sum().backward()
+    assert net.weight.grad is not None
+
+
+def test_a_norm_in_16_bits_stays_the_models_own_on_a_cpu() -> None:
+    net, x = RMSNorm(24, dtype=torch.bfloat16), torch.randn(3, 24).bfloat16()
+    fuse_norms(net)
+    assert torch.equal(net(x), RMSNorm.forward(net, x))

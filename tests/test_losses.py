@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctxdistill.losses import LOSSES, _kl, chunked, cross_entropy, divergence, entropy, log_softmax, topk_divergence
+from ctxdistill.losses import LOSSES, chunked, cross_entropy, divergence, entropy, log_softmax, score, topk_divergence
 
 KINDS = sorted(LOSSES)
 EPS = float(torch.finfo(torch.float32).eps)
@@ -296,34 +296,67 @@ def test_entropy() -> None:
     assert of(logits(3, 50).bfloat16()).dtype == torch.float32
 
 
-# -- forward KL with its own gradient ---------------------------------------------------------------------------------
+# -- all that a step of training asks for -----------------------------------------------------------------------------
 
 
-def test_forward_kl_is_the_plain_one_in_value_and_gradient() -> None:
+def plain(kind: str, teacher: Tensor, student: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """`score`, from its parts."""
+    log_p, log_q = log_softmax(teacher), log_softmax(student)
+    return divergence(kind, teacher, student, temperature), cross_entropy(log_q, ids), entropy(log_p), entropy(log_q)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_score_is_its_parts_in_value_and_gradient(kind: str, temperature: float) -> None:
     teacher, start = logits(6, 300, seed=1), logits(6, 300, seed=2)
-    teacher[1, :7] = -math.inf  # only the teacher excludes these
+    if kind == "forward_kl":
+        teacher[1, :7] = -math.inf  # only the teacher excludes these
     teacher[2, 5:9] = start[2, 5:9] = -math.inf  # both
-    upstream = torch.linspace(-1, 2, 6)
+    ids, kept = torch.tensor([0, 9, 9, 299, 4, 4]), teacher.clone()
     found = []
-    for function in (LOSSES["forward_kl"].function, _kl):
+    for function in (score, plain):
         student = start.clone().requires_grad_()
-        value = function(log_softmax(teacher), log_softmax(student))
-        (gradient,) = torch.autograd.grad(value @ upstream, student)
-        found.append((value.detach(), gradient))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+        values = tuple(function(kind, teacher, student, ids, temperature))
+        assert [v.requires_grad for v in values] == [True, True, False, False]
+        (gradient,) = torch.autograd.grad(
+            values[0] @ torch.linspace(-1, 2, 6) + values[1] @ torch.linspace(1, -3, 6), student
+        )
+        found.append([v.detach() for v in values] + [gradient])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=2e-6)
+    assert torch.equal(teacher, kept)
 
 
-def test_forward_kl_gradcheck() -> None:
+@pytest.mark.parametrize("part", [0, 1])
+def test_score_gradcheck(part: int) -> None:
     teacher, student = logits(3, 9, seed=1).double(), logits(3, 9, seed=2).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: divergence("forward_kl", teacher, s, 1.7), (student,))
+    ids = torch.tensor([2, 0, 8])
+    assert torch.autograd.gradcheck(lambda s: score("forward_kl", teacher, s, ids)[part], (student,))
 
 
-def test_forward_kl_hides_no_nan_and_no_infinity() -> None:
+def test_score_of_equal_sides_is_exactly_zero() -> None:
+    same = logits(4, 150_000, seed=1)
+    found = score("forward_kl", same, same.clone(), torch.zeros(4, dtype=torch.int64))
+    assert found.divergence.tolist() == [0.0] * 4
+    assert torch.equal(found.teacher_entropy, found.student_entropy)
+
+
+def test_score_hides_no_nan_and_no_infinity() -> None:
     teacher, student = logits(4, 9, seed=1), logits(4, 9, seed=2)
     teacher[0, 3], student[1, 3], student[2, 3] = math.nan, math.nan, -math.inf
-    value = divergence("forward_kl", teacher, student)
-    assert value.isnan().tolist() == [True, True, False, False]
-    assert value.isinf().tolist() == [False, False, True, False]
+    found = score("forward_kl", teacher, student, torch.tensor([1, 1, 3, 3]))
+    assert found.divergence.isnan().tolist() == [True, True, False, False]
+    assert found.divergence.isinf().tolist() == [False, False, True, False]
+    assert found.cross_entropy.isinf().tolist() == [False, False, True, False]
+    assert found.teacher_entropy.isnan().tolist() == [True, False, False, False]
+    assert found.student_entropy.isnan().tolist() == [False, True, False, False]
+
+
+def test_score_of_half_precision_is_computed_in_fp32() -> None:
+    teacher, student = logits(3, 50, seed=1).bfloat16(), logits(3, 50, seed=2).bfloat16().requires_grad_()
+    found = score("forward_kl", teacher, student, torch.tensor([1, 2, 3]))
+    torch.testing.assert_close(found.divergence, divergence("forward_kl", teacher.float(), student.float()))
+    found.divergence.sum().backward()
+    assert student.grad is not None and student.grad.dtype == torch.bfloat16
 
 
 def test_forward_kl_has_a_gradient_for_the_teacher_where_one_is_wanted() -> None:
@@ -361,6 +394,8 @@ def test_chunked_equals_dense_in_loss_and_gradient(kind: str, chunk: int) -> Non
     torch.testing.assert_close(hidden.grad, dense.grad, rtol=1e-5, atol=1e-6)
     assert max(seen) <= chunk
     assert sum(seen) == P
+    assert max(seen) - min(seen) < len(seen)  # no small last one
+    assert len(seen) == -(-P // chunk)
 
 
 def test_chunked_gradcheck() -> None:

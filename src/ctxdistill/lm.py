@@ -34,7 +34,7 @@ from ctxdistill.adapters import encoder_of, settings_of, strengthened
 from ctxdistill.caches import Prefix, RoomyLayer
 from ctxdistill.decoding import Fixed, Growing
 from ctxdistill.errors import FitError, ModelError
-from ctxdistill.fused import fuse
+from ctxdistill.fused import fuse, fuse_norms
 from ctxdistill.packing import Behind, CannotPackError, Pack, Tree, pack, packed
 from ctxdistill.recipe import LoraSection, ModelSection
 from ctxdistill.rundir import fingerprint
@@ -121,6 +121,7 @@ class LM:
         else:  # it is there, and must not be moved
             keep_differentiable(model)
         model.eval().requires_grad_(False)
+        fuse_norms(model)
         info = {
             "name": section.name,
             "revision": getattr(config, "_commit_hash", None) or section.revision,

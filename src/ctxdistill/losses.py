@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,45 +54,10 @@ def _log_mean_exp(gap: Tensor) -> Tensor:
     return gap.relu() + torch.log1p(torch.expm1(-gap.abs()) / 2)
 
 
-class _ForwardKL(torch.autograd.Function):
-    """`_kl` for a fixed teacher, in a third of the passes over memory: in place, and its gradient by the formula."""
-
-    @staticmethod
-    def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
-        p = log_p.exp()  # [..., V]
-        ctx.save_for_backward(p)
-        return _expectation(p, log_p - log_q, log_q)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
-        (p,) = ctx.saved_tensors
-        return None, p * -upstream[..., None]
-
-
-def _expectation(p: Tensor, x: Tensor, *inputs: Tensor) -> Tensor:
-    """sum_v p_v x_v, [..., V] -> [...]; an infinite x_v counts only where p_v > 0. `x` is written over. NaN where p or one of
-    `inputs`, of which x was made, has one."""
-    value = x.mul_(p).sum(-1)
-    # mostly there is nothing to mend; a CPU, on which mending takes ten times as long as the rest, may look, a GPU would wait
-    if x.device.type == "cpu" and not value.isnan().any():
-        return value
-    value = x.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf).sum(-1)
-    for found in (p, *inputs):
-        value.masked_fill_(found.sum(-1).isnan(), math.nan)
-    return value
-
-
-def _forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    if log_p.requires_grad:
-        return _kl(log_p, log_q)
-    return _ForwardKL.apply(log_p, log_q)  # type: ignore[no-any-return,no-untyped-call]
-
-
 LOSSES: dict[str, Divergence] = {
     loss.name: loss
     for loss in (
-        Divergence("forward_kl", "KL(teacher || student) = sum_v p_v (log p_v - log q_v)", _forward_kl),
+        Divergence("forward_kl", "KL(teacher || student) = sum_v p_v (log p_v - log q_v)", _kl),
         Divergence("reverse_kl", "KL(student || teacher) = sum_v q_v (log q_v - log p_v)", _reverse_kl),
         Divergence("jsd", "JSD = KL(teacher || m) / 2 + KL(student || m) / 2, m = (teacher + student) / 2", _jsd),
     )
@@ -179,7 +144,71 @@ def cross_entropy(logprobs: Tensor, ids: Tensor) -> Tensor:
 def entropy(logprobs: Tensor) -> Tensor:
     """Entropy in nats at each position, from log-probabilities [..., V] -> [...], without a gradient."""
     with torch.no_grad():
-        return -_expectation(logprobs.exp(), logprobs.clone())
+        return -_expectation(logprobs.exp(), logprobs)
+
+
+def _expectation(p: Tensor, x: Tensor) -> Tensor:
+    """sum_v p_v x_v, [..., V] -> [...], where an infinite or undefined x_v counts only if p_v is not 0."""
+    value: Tensor = torch.linalg.vecdot(p, x)
+    # mostly there is nothing to mend; a CPU, on which mending takes longer than the rest, may look, a GPU would wait
+    if x.device.type == "cpu" and not value.isnan().any():
+        return value
+    value = torch.linalg.vecdot(p, x.masked_fill(p == 0, 0.0))
+    return value
+
+
+class Score(NamedTuple):
+    """What a step of training needs to know of each position, [P] each; the entropies have no gradient."""
+
+    divergence: Tensor
+    cross_entropy: Tensor
+    teacher_entropy: Tensor
+    student_entropy: Tensor
+
+
+def score(kind: str, teacher: Tensor, student: Tensor, ids: Tensor, temperature: float = 1.0) -> Score:
+    """`divergence`, and at temperature 1 the student's `cross_entropy` and both entropies.
+
+    Args:
+        kind: a key of `LOSSES`.
+        teacher: logits or log-probabilities [P, V], without a gradient.
+        student: logits [P, V].
+        ids: [P] int64.
+    """
+    log_p = log_softmax(teacher)  # [P, V]
+    if kind == "forward_kl" and temperature == 1:
+        return Score(*_ForwardKL.apply(log_p, student, ids))  # type: ignore[no-untyped-call]
+    log_q = log_softmax(student)  # [P, V]
+    far = (
+        of_logprobs(kind, log_p, log_q) if temperature == 1 else divergence(kind, teacher, student, temperature)
+    )  # [P]
+    return Score(far, cross_entropy(log_q, ids), entropy(log_p), entropy(log_q))
+
+
+class _ForwardKL(torch.autograd.Function):
+    """`score` for forward KL: in a third of the passes over memory and with half as much of it, its gradient by the formula."""
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, student: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        """`log_p` is written over."""
+        p, log_q = log_p.exp(), log_softmax(student)  # [P, V]
+        entropy_p, ce = -_expectation(p, log_p), cross_entropy(log_q, ids)
+        kl = _expectation(p, log_p.sub_(log_q))
+        q = torch.exp(log_q, out=log_p)  # [P, V]
+        entropy_q = -_expectation(q, log_q)
+        ctx.save_for_backward(p, q, ids)
+        ctx.mark_non_differentiable(entropy_p, entropy_q)
+        return kl, ce, entropy_p, entropy_q
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, for_kl: Tensor, for_ce: Tensor, *_: Tensor) -> tuple[None, Tensor, None]:
+        """d KL / d logits = q - p, d CE / d logits = q - 1 at the id."""
+        p, q, ids = ctx.saved_tensors
+        for_kl, for_ce, ids = for_kl[:, None], for_ce[:, None], ids[:, None]
+        gradient = (p * -for_kl).addcmul_(q, for_kl + for_ce)  # [P, V]
+        gradient.scatter_(-1, ids, gradient.gather(-1, ids) - for_ce)
+        return None, gradient, None
 
 
 def chunked(fn: Callable[[Tensor, slice], Tensor], hidden: Tensor, *, chunk: int) -> tuple[Tensor, Tensor]:
@@ -230,7 +259,10 @@ class _Chunked(torch.autograd.Function):
 
 
 def _slices(length: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+    """Even pieces of at most `chunk`: a small last one would be slow."""
+    pieces = max(1, -(-length // chunk))
+    size = max(1, -(-length // pieces))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _cat(values: list[Tensor], like: Tensor) -> Tensor:

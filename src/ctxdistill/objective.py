@@ -31,9 +31,9 @@ class Example:
     target: Target
 
 
-LOGITS = 2**22
-"""Logits of a chunk of the loss on a CPU: 16 MB in fp32, which stay in its cache between the passes over them. An
-accelerator gets 16 times as many."""
+LOGITS = 2**23
+"""Logits of a chunk of the loss on a CPU, 32 MB in fp32: fewer rows would multiply with the head at a lower rate, more would take
+memory. An accelerator gets 8 times as many."""
 Stats = dict[str, torch.Tensor]
 """Sums over the positions of a step, by name."""
 
@@ -71,28 +71,23 @@ def position_loss(
             if stats is not None:
                 add(stats, name, counted(values, where))
 
-        logits = lm.head(hidden)  # [p, V]
-        student = losses.log_softmax(logits)  # [p, V]
         if "topk_ids" in kept:
-            values, index = kept["topk_logprobs"][where], kept["topk_ids"][where].long()
-            divergence = losses.topk_divergence(section.loss, values, index, student, soft)
+            logits, index = lm.head(hidden), kept["topk_ids"][where].long()  # [p, V], [p, K]
+            student = losses.log_softmax(logits)  # [p, V]
+            divergence = losses.topk_divergence(section.loss, kept["topk_logprobs"][where], index, student, soft)
+            ce = losses.cross_entropy(student, ids[where])
+            note("student_entropy", losses.entropy(student))
         else:
             with torch.no_grad():
-                theirs = kept["logprobs"][where] if "logprobs" in kept else lm.head(kept["hidden"][where])  # [p, V]
-                teacher = losses.log_softmax(theirs)  # [p, V]
-            if soft == 1:
-                divergence = losses.of_logprobs(section.loss, teacher, student)
-            else:
-                divergence = losses.divergence(section.loss, theirs, logits, soft)
-            if stats is not None:
-                note("teacher_entropy", losses.entropy(teacher))
+                teacher = kept["logprobs"][where] if "logprobs" in kept else lm.head(kept["hidden"][where])  # [p, V]
+            found = losses.score(section.loss, teacher, lm.head(hidden), ids[where], soft)
+            divergence, ce = found.divergence, found.cross_entropy
+            note("teacher_entropy", found.teacher_entropy)
+            note("student_entropy", found.student_entropy)
         # named by what it is: `kl` in the log is always KL(teacher || student)
         note("kl" if section.loss == "forward_kl" and soft == 1 else section.loss, divergence)
-        if stats is not None:
-            note("student_entropy", losses.entropy(student))
         if section.ce_weight == 0:
             return counted(divergence, where)
-        ce = losses.cross_entropy(student, ids[where])
         note("ce", ce)
         return counted((1 - section.ce_weight) * divergence + section.ce_weight * ce, where)
 
@@ -119,7 +114,7 @@ def total_loss(
     loss = position_loss(lm, known, section, stats)
     if lm.trains_head:  # its gradient needs all logits at once
         return loss(hidden, slice(None)).sum()
-    at_once = LOGITS if lm.device.type == "cpu" else 16 * LOGITS
+    at_once = LOGITS if lm.device.type == "cpu" else 8 * LOGITS
     chunk = max(16, at_once // lm.model.config.get_text_config().vocab_size)
     total, _ = losses.chunked(loss, hidden, chunk=chunk)
     return total
