@@ -117,6 +117,27 @@ def test_the_flash_kernels_equal_all_scores_at_once(
             assert (c - a).abs().max().item() <= 3 * error + 16 * torch.finfo(dtype).eps * scale, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("own", [1, 6])
+def test_rows_that_write_attend_as_with_all_scores_at_once(
+    dtype: torch.dtype, own: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, length, calls = torch.Generator().manual_seed(0), 70, []
+    shapes = (2, 9, 3, own, 64), *[(2, 9, length, 64)] * 2, *[(2, 700, 64)] * 2
+    inputs = [(torch.randn(shape, generator=draw) / 3).to(DEVICE, dtype) for shape in shapes]
+    hidden = (torch.rand(1, 9, 1, own, length, generator=draw) < 0.5).to(DEVICE)
+    hidden[0, 1, 0, 0] = True  # padding before a row
+    half = packing._half_flash
+    monkeypatch.setattr(packing, "_half_flash", lambda *given: calls.append(1) or half(*given))
+    exact, plain = (packing._attend(*(x.to(t) for x in inputs), hidden, 0.0) for t in (torch.float64, dtype))
+    found = packing._behind(*inputs, hidden, 0.0)
+    assert calls and found.dtype == dtype
+    error = (plain.double() - exact).abs().max().item()
+    assert (found.double() - exact).abs().max().item() <= 3 * error + 16 * torch.finfo(dtype).eps
+    packing._behind(inputs[0].requires_grad_(), *inputs[1:], hidden, 0.0).sum().backward()
+    assert len(calls) == 1  # it has no gradient
+
+
 @pytest.mark.parametrize("architecture", PACKS)
 def test_packed_rows_give_the_loss_and_gradient_of_rows_alone_and_of_a_cpu(tmp_path: Path, architecture: str) -> None:
     folder = tiny.save(tmp_path, architecture)

@@ -136,6 +136,21 @@ def test_half_precision_loses_no_more_than_all_scores_at_once() -> None:
     torch.testing.assert_close(flash.double(), exact, atol=2 * (plain - exact).abs().max().item(), rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("own", "length"), [(1, 9), (5, 9)])
+def test_half_of_the_flash_kernel_equals_all_scores_at_once(dtype: torch.dtype, own: int, length: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = (2, 4, 3, own, 16), (2, 4, length, 16), (2, 4, length, 16), (2, 300, 16), (2, 300, 16)
+    inputs = [torch.randn(shape, generator=draw).to(dtype) for shape in shapes]
+    hidden = torch.rand(1, 4, 1, own, length, generator=draw) < 0.5
+    hidden[0, 1, 0, 0] = True  # padding before a row sees the start only
+    exact, plain = (packing._attend(*(x.to(t) for x in inputs), hidden, 0.0) for t in (torch.float64, dtype))
+    found = packing._half_flash(*inputs, hidden)
+    assert found.dtype == dtype and found.shape == shapes[0]
+    error = (plain.double() - exact).abs().max().item()
+    torch.testing.assert_close(found.double(), exact, atol=2 * error + 1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("cache", [1, 2000, 2**21])
 @pytest.mark.parametrize("kept", [0, 2**22])
 def test_pieces_and_recomputation_change_nothing(

@@ -149,10 +149,11 @@ def entropy(logprobs: Tensor) -> Tensor:
 
 def _expectation(p: Tensor, x: Tensor) -> Tensor:
     """sum_v p_v x_v, [..., V] -> [...], where an infinite or undefined x_v counts only if p_v is not 0."""
-    value: Tensor = torch.linalg.vecdot(p, x)
     # mostly there is nothing to mend; a CPU, on which mending takes longer than the rest, may look, a GPU would wait
-    if x.device.type == "cpu" and not value.isnan().any():
-        return value
+    if x.device.type == "cpu":
+        value: Tensor = torch.linalg.vecdot(p, x)
+        if not value.isnan().any():
+            return value
     value = torch.linalg.vecdot(p, x.masked_fill(p == 0, 0.0))
     return value
 

@@ -259,11 +259,41 @@ def _behind(
     dropout: float,
 ) -> torch.Tensor:
     """Rows with themselves and with a shared start, as `_attend`: by the flash kernel where that can do it and pays."""
+    if q.is_cuda and hidden is not None and start_k.shape[1] and kernel_of(q) and not dropout and not q.requires_grad:
+        return _half_flash(q, k, v, start_k, start_v, hidden)
     few = k.shape[2] + start_k.shape[1] < FEW
     if kernel_of(q) and not dropout and (hidden is None if q.is_cuda else not few):
         mask = None if hidden is None else hidden[0].to(q.dtype) * torch.finfo(q.dtype).min
         return _flash(q, k, v, start_k, start_v, mask)
     return _in_pieces(q, k, v, start_k, start_v, hidden, dropout)
+
+
+def _half_flash(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start_k: torch.Tensor,
+    start_v: torch.Tensor,
+    hidden: torch.Tensor,
+) -> torch.Tensor:
+    """`_attend` without a gradient: by the flash kernel with the start, and with all scores of rows with themselves, which are
+    few where rows write, and of which CUDA's kernel can hide none. Caches are read as they lie, row by row."""
+    kernel = kernel_of(q)
+    assert kernel
+    (kv, r, group, m, size), length = q.shape, k.shape[2]
+    begun, logs = kernel.forward(*_with_start(q, start_k, start_v), False, None)
+    scores = q.transpose(0, 1).reshape(r, kv, group * m, size) @ k.transpose(0, 1).transpose(-1, -2)  # [R, K, G M, L]
+    scores = scores.view(r, kv, group, m, length).float().masked_fill(hidden.transpose(0, 1), torch.finfo().min)
+    weights = scores.softmax(-1).to(v.dtype).view(r, kv, group * m, length)
+    own = (weights @ v.transpose(0, 1)).view(r, kv, group, m, size).transpose(0, 1)  # [K, R, G, M, D]
+    total = scores.logsumexp(-1).transpose(0, 1)  # [K, R, G, M]
+    return _merged(own, total, begun.reshape(q.shape), logs.reshape(total.shape))
+
+
+def _merged(own: torch.Tensor, logs: torch.Tensor, begun: torch.Tensor, begun_logs: torch.Tensor) -> torch.Tensor:
+    """What is seen in two parts [..., D] by the logarithms [...] of their sums of exponentials."""
+    share = torch.sigmoid(begun_logs - logs)[..., None]  # fp32
+    return torch.lerp(own.float(), begun.float(), share).to(own.dtype)
 
 
 def _flash(*inputs: torch.Tensor | None) -> torch.Tensor:
@@ -298,8 +328,7 @@ class Flash(torch.autograd.Function):
         if start_k.shape[1]:
             begun, logs = kernel.forward(*_with_start(q, start_k, start_v), False, None)
             begun, logs = begun.reshape(q.shape), logs.reshape(total.shape)
-            share = torch.sigmoid(logs - total)[..., None]  # [K, R, G, M, 1], fp32
-            out, total = torch.lerp(out.float(), begun.float(), share).to(q.dtype), torch.logaddexp(total, logs)
+            out, total = _merged(out, total, begun, logs), torch.logaddexp(total, logs)
         ctx.save_for_backward(q, k, v, start_k, start_v, mask, out, total)
         return out
 
