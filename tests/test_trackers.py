@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import tracking
+import torch
+from accelerate import Accelerator, PartialState, tracking
 from accelerate.utils import LoggerType
 
 import tiny
@@ -138,3 +139,11 @@ def test_a_tracker_that_cannot_start_is_an_error(job: Path, fake: type[Fake], mo
     monkeypatch.setattr(fake, "start", broken)
     with pytest.raises(TrainError, match="cannot be started"):
         distill(job, report_to=["tensorboard"])
+
+
+def test_a_run_on_a_cpu_may_follow_one_on_an_accelerator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trackers.reporting(TrainSection(), RunDir(tmp_path / "first"), cpu=False)
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("cuda"))
+    with pytest.raises(ValueError, match="already been initialized"):  # what accelerate says of another device
+        Accelerator(cpu=True)
+    trackers.finish(trackers.reporting(TrainSection(), RunDir(tmp_path / "second"), cpu=True))

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from accelerate.utils import ProjectConfiguration
 
 from ctxdistill.errors import TrainError
@@ -45,6 +46,9 @@ def reporting(section: TrainSection, run: RunDir, *, cpu: bool) -> Accelerator:
 
     Raises: `TrainError` when a tracker is missing or cannot be started.
     """
+    cpu = (
+        cpu and not is_initialized()
+    )  # an earlier run of this process may have been on another device: reporting is the same
     if not section.report_to:
         return Accelerator(cpu=cpu)
     check(section.report_to)
