@@ -136,6 +136,10 @@ def test_rows_that_write_attend_as_with_all_scores_at_once(
     assert (found.double() - exact).abs().max().item() <= 3 * error + 16 * torch.finfo(dtype).eps
     packing._behind(inputs[0].requires_grad_(), *inputs[1:], hidden, 0.0).sum().backward()
     assert len(calls) == 1  # it has no gradient
+    monkeypatch.setattr(packing, "CACHE", 1)
+    pieces = packing._behind(inputs[0].detach(), *inputs[1:], hidden, 0.0)
+    assert len(calls) == 1  # scores of long prompts would not fit
+    torch.testing.assert_close(pieces, found, atol=3 * error + 16 * torch.finfo(dtype).eps, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", PACKS)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+import tiny
 from ctxdistill import fused
 from ctxdistill.fused import fuse, fuse_norms
+from ctxdistill.lm import LM
+from ctxdistill.recipe import ModelSection
 
 
 class Net(torch.nn.Module):
@@ -159,11 +165,28 @@ def test_a_norm_that_computes_something_else_is_left_alone() -> None:
     assert not is_fused(eps)
 
 
+@pytest.mark.parametrize("kind", ["a pair", "another type", "another dimension", "three dimensions only"])
+def test_a_norm_that_gives_or_wants_something_else_is_left_alone(kind: str) -> None:
+    class OddRMSNorm(RMSNorm):
+        def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> Any:
+            if kind == "a pair":
+                return super().forward(x), x
+            if kind == "another type":
+                return super().forward(x).double()
+            assert kind != "three dimensions only" or x.ndim == 3
+            return super().forward(x) * x.mean(2 if kind == "another dimension" else 1, keepdim=True)
+
+    net = OddRMSNorm(24)
+    fuse_norms(net)
+    assert not is_fused(net)
+
+
 def test_what_a_norm_is_not_tried_on_goes_to_its_own_code() -> None:
     net, x = RMSNorm(24), torch.randn(3, 24)
     fuse_norms(net)
     gate = torch.rand(3, 24)
     assert torch.equal(net(x, gate=gate), RMSNorm.forward(net, x, gate))
+    assert torch.equal(net(x=x), RMSNorm.forward(net, x))
     assert net(x.bfloat16()).dtype == torch.float32  # as it is with its own
     net.weight.requires_grad_()  # all weights are trained
     net(x).sum().backward()
@@ -174,3 +197,19 @@ def test_a_norm_in_16_bits_stays_the_models_own_on_a_cpu() -> None:
     net, x = RMSNorm(24, dtype=torch.bfloat16), torch.randn(3, 24).bfloat16()
     fuse_norms(net)
     assert torch.equal(net(x), RMSNorm.forward(net, x))
+
+
+def test_the_norms_of_a_loaded_model_are_fused_and_compute_the_same(tmp_path: Path) -> None:
+    lm = LM.load(ModelSection(name=str(tiny.save(tmp_path, "llama"))))
+    norms = [m for m in lm.model.modules() if type(m).__name__.endswith("RMSNorm")]
+    assert len(norms) == 2 * lm.model.config.num_hidden_layers + 1 and all(map(is_fused, norms))
+    for norm in norms:
+        norm.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    found = []
+    for _ in range(2):
+        x = torch.randn(1, 9, lm.model.config.hidden_size, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = lm.model(inputs_embeds=x, use_cache=False).logits
+        found.append([out, *torch.autograd.grad(out.logsumexp(-1).sum(), x)])
+        for norm in norms:
+            norm.__dict__.pop("forward", None)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)

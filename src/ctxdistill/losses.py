@@ -9,6 +9,7 @@ Letters: P supervised positions, p positions of one chunk, V vocabulary, K kept 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,10 +55,43 @@ def _log_mean_exp(gap: Tensor) -> Tensor:
     return gap.relu() + torch.log1p(torch.expm1(-gap.abs()) / 2)
 
 
+def _forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    if log_p.requires_grad:
+        return _kl(log_p, log_q)
+    return _ForwardKL.apply(log_p, log_q)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _ForwardKL(torch.autograd.Function):
+    """`_kl` for a fixed teacher in a third of the passes over memory, with its gradient by the formula."""
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor, log_q: Tensor) -> Tensor:
+        p = log_p.exp()  # [..., V]
+        ctx.save_for_backward(p)
+        return _expectation(p, log_p - log_q)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
+        (p,) = ctx.saved_tensors
+        return None, p * -upstream[..., None]
+
+
+def _expectation(p: Tensor, x: Tensor) -> Tensor:
+    """sum_v p_v x_v, [..., V] -> [...], where an infinite or undefined x_v counts only if p_v is not 0."""
+    # mostly there is nothing to mend; a CPU, on which mending takes longer than the rest, may look, a GPU would wait
+    if x.device.type == "cpu":
+        value: Tensor = torch.linalg.vecdot(p, x)
+        if not value.isnan().any():
+            return value
+    value = torch.linalg.vecdot(p, x.masked_fill(p == 0, 0.0))
+    return value
+
+
 LOSSES: dict[str, Divergence] = {
     loss.name: loss
     for loss in (
-        Divergence("forward_kl", "KL(teacher || student) = sum_v p_v (log p_v - log q_v)", _kl),
+        Divergence("forward_kl", "KL(teacher || student) = sum_v p_v (log p_v - log q_v)", _forward_kl),
         Divergence("reverse_kl", "KL(student || teacher) = sum_v q_v (log q_v - log p_v)", _reverse_kl),
         Divergence("jsd", "JSD = KL(teacher || m) / 2 + KL(student || m) / 2, m = (teacher + student) / 2", _jsd),
     )
@@ -147,28 +181,19 @@ def entropy(logprobs: Tensor) -> Tensor:
         return -_expectation(logprobs.exp(), logprobs)
 
 
-def _expectation(p: Tensor, x: Tensor) -> Tensor:
-    """sum_v p_v x_v, [..., V] -> [...], where an infinite or undefined x_v counts only if p_v is not 0."""
-    # mostly there is nothing to mend; a CPU, on which mending takes longer than the rest, may look, a GPU would wait
-    if x.device.type == "cpu":
-        value: Tensor = torch.linalg.vecdot(p, x)
-        if not value.isnan().any():
-            return value
-    value = torch.linalg.vecdot(p, x.masked_fill(p == 0, 0.0))
-    return value
-
-
-class Score(NamedTuple):
-    """What a step of training needs to know of each position, [P] each; the entropies have no gradient."""
+class Terms(NamedTuple):
+    """What a step of training needs to know of each position, [P] each; the entropies are for the log and have no gradient."""
 
     divergence: Tensor
     cross_entropy: Tensor
-    teacher_entropy: Tensor
-    student_entropy: Tensor
+    teacher_entropy: Tensor | None
+    student_entropy: Tensor | None
 
 
-def score(kind: str, teacher: Tensor, student: Tensor, ids: Tensor, temperature: float = 1.0) -> Score:
-    """`divergence`, and at temperature 1 the student's `cross_entropy` and both entropies.
+def terms(
+    kind: str, teacher: Tensor, student: Tensor, ids: Tensor, temperature: float = 1.0, *, log: bool = True
+) -> Terms:
+    """`divergence`, and at temperature 1 the student's `cross_entropy` and, for the log, both entropies.
 
     Args:
         kind: a key of `LOSSES`.
@@ -178,38 +203,37 @@ def score(kind: str, teacher: Tensor, student: Tensor, ids: Tensor, temperature:
     """
     log_p = log_softmax(teacher)  # [P, V]
     if kind == "forward_kl" and temperature == 1:
-        return Score(*_ForwardKL.apply(log_p, student, ids))  # type: ignore[no-untyped-call]
+        return Terms(*_ForwardKLTerms.apply(log_p, student, ids, log))  # type: ignore[no-untyped-call]
     log_q = log_softmax(student)  # [P, V]
-    far = (
-        of_logprobs(kind, log_p, log_q) if temperature == 1 else divergence(kind, teacher, student, temperature)
-    )  # [P]
-    return Score(far, cross_entropy(log_q, ids), entropy(log_p), entropy(log_q))
+    soft = of_logprobs(kind, log_p, log_q) if temperature == 1 else divergence(kind, teacher, student, temperature)
+    entropies = (entropy(log_p), entropy(log_q)) if log else (None, None)
+    return Terms(soft, cross_entropy(log_q, ids), *entropies)
 
 
-class _ForwardKL(torch.autograd.Function):
-    """`score` for forward KL: in a third of the passes over memory and with half as much of it, its gradient by the formula."""
+class _ForwardKLTerms(torch.autograd.Function):
+    """`terms` of forward KL from logits: fewer passes again, and half as much memory."""
 
     @staticmethod
-    def forward(ctx: Any, log_p: Tensor, student: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, log_p: Tensor, student: Tensor, ids: Tensor, log: bool) -> tuple[Tensor | None, ...]:
         """`log_p` is written over."""
         p, log_q = log_p.exp(), log_softmax(student)  # [P, V]
-        entropy_p, ce = -_expectation(p, log_p), cross_entropy(log_q, ids)
+        entropy_p, ce = -_expectation(p, log_p) if log else None, cross_entropy(log_q, ids)
         kl = _expectation(p, log_p.sub_(log_q))
         q = torch.exp(log_q, out=log_p)  # [P, V]
-        entropy_q = -_expectation(q, log_q)
+        entropy_q = -_expectation(q, log_q) if log else None
         ctx.save_for_backward(p, q, ids)
-        ctx.mark_non_differentiable(entropy_p, entropy_q)
+        ctx.mark_non_differentiable(*(x for x in (entropy_p, entropy_q) if x is not None))
         return kl, ce, entropy_p, entropy_q
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, for_kl: Tensor, for_ce: Tensor, *_: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, for_kl: Tensor, for_ce: Tensor, *_: Any) -> tuple[None, Tensor, None, None]:
         """d KL / d logits = q - p, d CE / d logits = q - 1 at the id."""
         p, q, ids = ctx.saved_tensors
         for_kl, for_ce, ids = for_kl[:, None], for_ce[:, None], ids[:, None]
         gradient = (p * -for_kl).addcmul_(q, for_kl + for_ce)  # [P, V]
         gradient.scatter_(-1, ids, gradient.gather(-1, ids) - for_ce)
-        return None, gradient, None
+        return None, gradient, None, None
 
 
 def chunked(fn: Callable[[Tensor, slice], Tensor], hidden: Tensor, *, chunk: int) -> tuple[Tensor, Tensor]:
@@ -261,9 +285,11 @@ class _Chunked(torch.autograd.Function):
 
 def _slices(length: int, chunk: int) -> list[slice]:
     """Even pieces of at most `chunk`: a small last one would be slow."""
-    pieces = max(1, -(-length // chunk))
-    size = max(1, -(-length // pieces))
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+    size, longer = divmod(length, max(1, -(-length // chunk)))
+    ends = [0]
+    while ends[-1] < length:
+        ends.append(ends[-1] + size + (len(ends) <= longer))
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def _cat(values: list[Tensor], like: Tensor) -> Tensor:

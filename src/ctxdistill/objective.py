@@ -67,8 +67,8 @@ def position_loss(
         return values if counts is None else values * counts[where]
 
     def loss(hidden: torch.Tensor, where: slice) -> torch.Tensor:
-        def note(name: str, values: torch.Tensor) -> None:
-            if stats is not None:
+        def note(name: str, values: torch.Tensor | None) -> None:
+            if stats is not None and values is not None:
                 add(stats, name, counted(values, where))
 
         if "topk_ids" in kept:
@@ -76,11 +76,11 @@ def position_loss(
             student = losses.log_softmax(logits)  # [p, V]
             divergence = losses.topk_divergence(section.loss, kept["topk_logprobs"][where], index, student, soft)
             ce = losses.cross_entropy(student, ids[where])
-            note("student_entropy", losses.entropy(student))
+            note("student_entropy", None if stats is None else losses.entropy(student))
         else:
             with torch.no_grad():
                 teacher = kept["logprobs"][where] if "logprobs" in kept else lm.head(kept["hidden"][where])  # [p, V]
-            found = losses.score(section.loss, teacher, lm.head(hidden), ids[where], soft)
+            found = losses.terms(section.loss, teacher, lm.head(hidden), ids[where], soft, log=stats is not None)
             divergence, ce = found.divergence, found.cross_entropy
             note("teacher_entropy", found.teacher_entropy)
             note("student_entropy", found.student_entropy)

@@ -259,13 +259,19 @@ def _behind(
     dropout: float,
 ) -> torch.Tensor:
     """Rows with themselves and with a shared start, as `_attend`: by the flash kernel where that can do it and pays."""
-    if q.is_cuda and hidden is not None and start_k.shape[1] and kernel_of(q) and not dropout and not q.requires_grad:
+    if not dropout and hidden is not None and _is_for_half(q, k, start_k):
         return _half_flash(q, k, v, start_k, start_v, hidden)
     few = k.shape[2] + start_k.shape[1] < FEW
     if kernel_of(q) and not dropout and (hidden is None if q.is_cuda else not few):
         mask = None if hidden is None else hidden[0].to(q.dtype) * torch.finfo(q.dtype).min
         return _flash(q, k, v, start_k, start_v, mask)
     return _in_pieces(q, k, v, start_k, start_v, hidden, dropout)
+
+
+def _is_for_half(q: torch.Tensor, k: torch.Tensor, start_k: torch.Tensor) -> bool:
+    """Whether rows that may see only some of their keys suit `_half_flash`: few scores, as where they write."""
+    few = q[..., 0].numel() * k.shape[2] <= 16 * CACHE
+    return few and q.is_cuda and bool(start_k.shape[1]) and kernel_of(q) is not None and not q.requires_grad
 
 
 def _half_flash(
@@ -276,8 +282,8 @@ def _half_flash(
     start_v: torch.Tensor,
     hidden: torch.Tensor,
 ) -> torch.Tensor:
-    """`_attend` without a gradient: by the flash kernel with the start, and with all scores of rows with themselves, which are
-    few where rows write, and of which CUDA's kernel can hide none. Caches are read as they lie, row by row."""
+    """`_attend` without a gradient: by the flash kernel with the start, and with all scores at once of rows with themselves, of
+    which CUDA's kernel can hide none. Caches are read as they lie, row by row."""
     kernel = kernel_of(q)
     assert kernel
     (kv, r, group, m, size), length = q.shape, k.shape[2]
