@@ -191,21 +191,20 @@ class Terms(NamedTuple):
 
 
 def terms(
-    kind: str, teacher: Tensor, student: Tensor, ids: Tensor, temperature: float = 1.0, *, log: bool = True
+    kind: str, log_p: Tensor, student: Tensor, ids: Tensor, temperature: float = 1.0, *, log: bool = True
 ) -> Terms:
     """`divergence`, and at temperature 1 the student's `cross_entropy` and, for the log, both entropies.
 
     Args:
         kind: a key of `LOSSES`.
-        teacher: logits or log-probabilities [P, V], without a gradient.
+        log_p: the teacher's log-probabilities [P, V], without a gradient. They may be written over.
         student: logits [P, V].
         ids: [P] int64.
     """
-    log_p = log_softmax(teacher)  # [P, V]
     if kind == "forward_kl" and temperature == 1:
         return Terms(*_ForwardKLTerms.apply(log_p, student, ids, log))  # type: ignore[no-untyped-call]
     log_q = log_softmax(student)  # [P, V]
-    soft = of_logprobs(kind, log_p, log_q) if temperature == 1 else divergence(kind, teacher, student, temperature)
+    soft = of_logprobs(kind, log_p, log_q) if temperature == 1 else divergence(kind, log_p, student, temperature)
     entropies = (entropy(log_p), entropy(log_q)) if log else (None, None)
     return Terms(soft, cross_entropy(log_q, ids), *entropies)
 
