@@ -290,7 +290,7 @@ def table(prompt: str, found: dict[str, Any]) -> bool:
         cells += [f"{step / (o['seconds'] / o['steps']):.2f}" if o else "" for o in (mine, least)]
         print(f"{system:8} " + " ".join(f"{c:>{w}}" for c, w in zip(cells, (8, 8, 8, 7, 8, 7, 8), strict=True)))
     for system, r in found.items():
-        if len(r["all_seconds"]) > 1:
+        if len(r.get("all_seconds", [])) > 1:
             print(f"{system}: the fastest of " + ", ".join(f"{s:.1f}" for s in r["all_seconds"]) + " s")
     if mine:
         error = mine["planned"] / mine["seconds"] - 1
