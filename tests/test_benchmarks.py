@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -54,6 +54,27 @@ def test_the_job_fails_when_the_first_losses_differ(benchmark: ModuleType, capsy
     assert "3.00" in out
     assert "-25%" in out
     assert not benchmark.table("short", {"ours": ours, "naive": {**ours, "first_loss": 0.51}})
+
+
+@pytest.mark.parametrize("benchmark", ["job"], indirect=True)
+def test_the_job_keeps_the_fastest_of_several_runs_in_turn(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    seconds, asked = iter([9.0, 7.0, 3.0, 5.0, 6.0, 4.0]), []
+
+    def answer(command: list[str], **_: object) -> SimpleNamespace:
+        asked.append(command[command.index("--one") + 1])
+        found = {"seconds": next(seconds), "steps": 2, "peak_mb": None, "planned": 4.0, "first_loss": 0.5}
+        return SimpleNamespace(returncode=0, stdout=json.dumps(found))
+
+    monkeypatch.setattr(benchmark.subprocess, "run", answer)
+    file = tmp_path / "found.json"
+    chosen = ["--prompts", "short", "--systems", "floor", "ours", "--repeat", "3", "--json", str(file)]
+    assert run(benchmark, monkeypatch, *chosen) == 0
+    assert asked == ["floor", "ours"] * 3
+    kept = json.loads(file.read_text())["jobs"]["short"]
+    assert (kept["floor"]["seconds"], kept["ours"]["seconds"]) == (3.0, 4.0)
+    assert "ours: the fastest of 7.0, 5.0, 4.0 s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("benchmark", ["sweeps"], indirect=True)

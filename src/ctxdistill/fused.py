@@ -110,7 +110,7 @@ def _epsilon(module: Any) -> float | None:
 
 
 def _normed(x: Tensor, module: Any) -> Tensor:
-    """By torch's own on an accelerator, one kernel that rounds once; a CPU's takes as many passes as the model's code."""
+    """By torch's own on an accelerator, where it is one kernel; on a CPU that takes as many passes as the model's code."""
     if x.device.type == "cpu":
         return _RootMeanSquare.apply(x, module.weight, _epsilon(module))  # type: ignore[no-any-return,no-untyped-call]
     made: Tensor = torch.nn.functional.rms_norm(x, module.weight.shape, module.weight, _epsilon(module))

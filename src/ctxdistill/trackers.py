@@ -46,9 +46,8 @@ def reporting(section: TrainSection, run: RunDir, *, cpu: bool) -> Accelerator:
 
     Raises: `TrainError` when a tracker is missing or cannot be started.
     """
-    cpu = (
-        cpu and not is_initialized()
-    )  # an earlier run of this process may have been on another device: reporting is the same
+    # an earlier run of this process may have been on another device, which accelerate refuses to change; none is used here
+    cpu = cpu and not is_initialized()
     if not section.report_to:
         return Accelerator(cpu=cpu)
     check(section.report_to)
