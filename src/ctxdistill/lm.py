@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from ctxdistill import files, processes
+from ctxdistill import files, processes, products
 from ctxdistill.adapters import encoder_of, settings_of, strengthened
 from ctxdistill.caches import Prefix, RoomyLayer
 from ctxdistill.decoding import Fixed, Growing
@@ -122,6 +122,7 @@ class LM:
             keep_differentiable(model)
         model.eval().requires_grad_(False)
         fuse_norms(model)
+        products.use(model)
         info = {
             "name": section.name,
             "revision": getattr(config, "_commit_hash", None) or section.revision,
