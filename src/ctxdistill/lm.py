@@ -550,6 +550,7 @@ class LM:
             raise ModelError(
                 f"the adapter in {folder} does not fit {self.info['name']}", found=str(error).split("\n")[0][:300]
             ) from None
+        fuse(self.model)
         self.training(False)
 
     def remove_adapter(self) -> None:
