@@ -122,7 +122,8 @@ class LM:
             keep_differentiable(model)
         model.eval().requires_grad_(False)
         fuse_norms(model)
-        products.use(model)
+        if device.type == "cpu":
+            products.use(model)
         info = {
             "name": section.name,
             "revision": getattr(config, "_commit_hash", None) or section.revision,
