@@ -91,6 +91,7 @@ def test_every_sweep_runs(
         "COMPLETIONS": (2,),
         "LABELS": (2, 10),
         "STEPS": ((2, 3, 4),),
+        "PAIRS": 1,
     }
     for name, value in sizes.items():
         monkeypatch.setattr(benchmark, name, value)
@@ -99,7 +100,7 @@ def test_every_sweep_runs(
     assert run(benchmark, monkeypatch, *sorted(inside), "--model", str(llama), "--json", str(tmp_path / "o.json")) == 0
     found = json.loads((tmp_path / "o.json").read_text())
     assert {name: len(table) for name, table in found.items()} == {
-        "labelling": 3, "labels": 2, "generation": 2, "training": 1
+        "labelling": 3, "labels": 2, "generation": 2, "training": 1, "products": 3
     }  # fmt: skip
     assert found["labelling"][0]["x_no_context"] == 1
     assert benchmark.peak(str(llama), 8)["peak_mb"] > 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,16 @@ from ctxdistill.products import linear, one_dnn
 from ctxdistill.recipe import ModelSection
 
 pytestmark = pytest.mark.skipif(platform.machine().lower() not in {"x86_64", "amd64"}, reason="needs an x86 CPU")
+
+
+@pytest.fixture(autouse=True)
+def amd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a processor of AMD's."""
+    one_dnn.cache_clear()
+    monkeypatch.setattr(products, "by_amd", lambda: True)
+    assert one_dnn()
+    yield
+    one_dnn.cache_clear()
 
 
 @pytest.fixture
@@ -112,15 +124,27 @@ def test_a_layer_that_is_trained_learns(what: str, calls: list[int]) -> None:
     assert getattr(layer, what).grad.abs().min() > 0 and not calls
 
 
-def test_where_it_is_not_at_hand_torch_multiplies(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+def test_on_another_processor_torch_multiplies(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+    monkeypatch.setattr(products, "by_amd", lambda: False)
     one_dnn.cache_clear()
-    monkeypatch.setattr("platform.machine", lambda: "arm64")
-    try:
-        assert not one_dnn()
-        x, weight = torch.randn(3, 5), torch.randn(4, 5)
-        assert torch.equal(linear(x, weight), by_torch(x, weight)) and not calls
-    finally:
-        one_dnn.cache_clear()
+    assert not one_dnn()
+    x, weight = torch.randn(3, 5), torch.randn(4, 5)
+    assert torch.equal(linear(x, weight), by_torch(x, weight)) and not calls
+
+
+@pytest.mark.parametrize(("linux", "vendor"), [(True, "AuthenticAMD"), (True, "GenuineIntel"), (False, "AuthenticAMD")])
+def test_the_processor_is_known(linux: bool, vendor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+
+    def read(path: str, **_: Any) -> io.StringIO:
+        assert path == "/proc/cpuinfo"
+        if not linux:
+            raise FileNotFoundError
+        return io.StringIO(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+
+    monkeypatch.setattr("builtins.open", read)
+    monkeypatch.setattr(products.platform, "processor", lambda: f"AMD64 Family 25, {vendor}" if not linux else "x86_64")
+    assert products.by_amd() == (vendor == "AuthenticAMD")
 
 
 @pytest.mark.parametrize("error", [AttributeError, RuntimeError, None])
@@ -134,10 +158,7 @@ def test_an_operator_that_is_gone_or_gives_something_else_is_not_used(
 
     monkeypatch.setattr(products, "_by_one_dnn", broken)
     one_dnn.cache_clear()
-    try:
-        assert not one_dnn()
-    finally:
-        one_dnn.cache_clear()
+    assert not one_dnn()
 
 
 def test_a_loaded_model_multiplies_so(tmp_path: Path, calls: list[int]) -> None:

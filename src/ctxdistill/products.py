@@ -1,9 +1,9 @@
-"""Products with frozen matrices, on a CPU by oneDNN.
+"""Products with frozen matrices, on AMD's processors by oneDNN.
 
-In: fp32 tensors on an x86 CPU, whose products torch leaves to MKL, though it brings oneDNN along, which is faster
-(docs/performance.md). Out: the same numbers up to rounding, which is up to 2.2 times MKL's, and below 1e-6 of a product's size.
-Invariant: everything else (other devices, other types, weights that are trained, a torch without oneDNN) is multiplied by
-torch as usual.
+In: fp32 tensors on a CPU of AMD's. Torch leaves their products to MKL, which is made for Intel's processors; oneDNN, which
+torch brings along, is faster there (docs/performance.md). Out: the same numbers up to rounding, which is up to 2.2 times MKL's,
+and below 1e-6 of a product's size. Invariant: everything else (other processors and devices, other types, weights that are
+trained, a torch without oneDNN) is multiplied by torch as usual.
 """
 
 from __future__ import annotations
@@ -34,13 +34,23 @@ def _by_one_dnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @functools.cache
 def one_dnn() -> bool:
     """Whether oneDNN multiplies here. Its operator is none of torch's public ones, so it is tried once."""
-    if platform.machine().lower() not in {"x86_64", "amd64"} or not torch.backends.mkldnn.enabled:
+    if not by_amd() or not torch.backends.mkldnn.enabled:
         return False
     x, weight, bias = torch.ones(2, 3), torch.arange(12.0).view(4, 3), torch.arange(4.0)
     try:
         return torch.equal(_by_one_dnn(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
     except (AttributeError, RuntimeError):
         return False
+
+
+def by_amd() -> bool:
+    """Whether the processor is one of AMD's."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            about = file.read(2000)
+    except OSError:  # not Linux
+        about = platform.processor()
+    return "AuthenticAMD" in about
 
 
 def use(model: torch.nn.Module) -> None:
