@@ -95,9 +95,8 @@ def plain_setting(model: str, tokens: int) -> tuple[Any, LoraConfig, Recipe, Pro
     """The model as transformers loads it, the same adapter for peft, the recipe, and the prompts."""
     section = ModelSection(name=model)
     tokenizer = load_tokenizer(section, Path.cwd())
-    base = AutoModelForCausalLM.from_pretrained(locate(section, Path.cwd())[0], dtype=torch.float32).requires_grad_(
-        False
-    )
+    source, _ = locate(section, Path.cwd())
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).requires_grad_(False)
     recipe = recipe_of(model, tokens, tokenizer)
     targets = sorted(linear_layers(base)[1])
     lora = LoraConfig(r=16, lora_alpha=int(recipe.lora.alpha), target_modules=targets, task_type="CAUSAL_LM")
