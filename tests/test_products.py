@@ -23,8 +23,9 @@ pytestmark = pytest.mark.skipif(platform.machine().lower() not in {"x86_64", "am
 
 @pytest.fixture(autouse=True)
 def amd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a processor of AMD's."""
+    """As on a processor of AMD's, and with small products, too."""
     one_dnn.cache_clear()
+    monkeypatch.setattr(products, "WORTH", 0)
     monkeypatch.setattr(products, "by_amd", lambda: True)
     assert one_dnn()
     yield
@@ -83,6 +84,14 @@ def test_what_is_not_a_number_stays_so() -> None:
 def test_other_types_are_torchs(kind: torch.dtype, calls: list[int]) -> None:
     x, weight = torch.randn(3, 5).to(kind), torch.randn(4, 5).to(kind)
     assert torch.equal(linear(x, weight), by_torch(x, weight)) and not calls
+
+
+def test_small_products_are_torchs(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+    monkeypatch.setattr(products, "WORTH", 3 * 5 * 4 + 1)
+    linear(torch.randn(3, 5), torch.randn(4, 5))
+    assert not calls
+    linear(torch.randn(2, 2, 5), torch.randn(4, 5))
+    assert len(calls) == 1
 
 
 class Net(torch.nn.Module):

@@ -2,8 +2,8 @@
 
 In: fp32 tensors on a CPU of AMD's. Torch leaves their products to MKL, which is made for Intel's processors; oneDNN, which
 torch brings along, is faster there (docs/performance.md). Out: the same numbers up to rounding, which is up to 2.2 times MKL's,
-and below 1e-6 of a product's size. Invariant: everything else (other processors and devices, other types, weights that are
-trained, a torch without oneDNN) is multiplied by torch as usual.
+and below 1e-6 of a product's size. Invariant: everything else (other processors and devices, other types, small products, weights
+that are trained, a torch without oneDNN) is multiplied by torch as usual.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 Tensor = torch.Tensor
+WORTH = 2**19
+"""Multiplications below which oneDNN gains nothing, and its preparation of each new shape costs more."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -23,7 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _can(x: Tensor, weight: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and one_dnn()
+    large = x.numel() * len(weight) >= WORTH
+    return large and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and one_dnn()
 
 
 def _by_one_dnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
