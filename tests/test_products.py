@@ -118,7 +118,7 @@ def test_a_frozen_layer_gives_the_same_value_and_gradient(bias: bool, shape: tup
     assert len(calls) == 4  # two layers, both ways
 
 
-def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradcheck() -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(3, 5).double().requires_grad_(), torch.randn(4, 5).double(), torch.randn(4).double()
     assert torch.autograd.gradcheck(lambda x: products._Frozen.apply(x, weight, bias), (x,))

@@ -1,8 +1,8 @@
-"""Products with frozen matrices, on AMD's processors by oneDNN.
+"""Products with frozen matrices, and the fused adapter's, on AMD's processors by oneDNN.
 
 In: fp32 tensors on a CPU of AMD's. Torch leaves their products to MKL, which is made for Intel's processors; oneDNN, which
 torch brings along, is faster there (docs/performance.md). Out: the same numbers up to rounding, which is up to 2.2 times MKL's,
-and below 1e-6 of a product's size. Invariant: everything else (other processors and devices, other types, small products, weights
+and below 1e-6 of a product's size. Invariant: everything else (other processors and devices, other types, small products, layers
 that are trained, a torch without oneDNN) is multiplied by torch as usual.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 Tensor = torch.Tensor
 WORTH = 2**19
-"""Multiplications below which oneDNN gains nothing, and its preparation of each new shape costs more."""
+"""Multiplications below which oneDNN's preparation of each new shape costs more than it gains."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
