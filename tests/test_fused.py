@@ -193,10 +193,24 @@ def test_what_a_norm_is_not_tried_on_goes_to_its_own_code() -> None:
     assert net.weight.grad is not None
 
 
-def test_a_norm_in_16_bits_stays_the_models_own_on_a_cpu() -> None:
-    net, x = RMSNorm(24, dtype=torch.bfloat16), torch.randn(3, 24).bfloat16()
-    fuse_norms(net)
-    assert torch.equal(net(x), RMSNorm.forward(net, x))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_in_16_bits_sums_in_32(dtype: torch.dtype) -> None:
+    net, sizes = RMSNorm(240, dtype=dtype), torch.tensor([1.0, 1e-2, 30.0, 1.0, 9.0])[:, None]
+    start = (torch.randn(5, 240) * sizes).to(dtype)
+    upstream, found = torch.randn(5, 240).to(dtype), []
+    for _ in range(2):
+        x = start.clone().requires_grad_()
+        out = net(x)
+        found.append([out.detach(), *torch.autograd.grad(out, x, upstream)])
+        fuse_norms(net)
+    assert is_fused(net) and all(value.dtype == dtype for value in found[1])
+    exact = start.double().requires_grad_()
+    scale = (exact.square().mean(-1, keepdim=True) + net.eps).rsqrt()
+    out = exact * scale * net.weight.double()
+    exactly = [out.detach(), *torch.autograd.grad(out, exact, upstream.double())]
+    for own, fused_, wanted in zip(*found, exactly, strict=True):
+        error = (own - wanted).norm()
+        assert (fused_ - wanted).norm() <= 1.05 * error + 1e-9 and error <= 1e-2 * wanted.norm()
 
 
 def test_the_norms_of_a_loaded_model_are_fused_and_compute_the_same(tmp_path: Path) -> None:

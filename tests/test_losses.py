@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ctxdistill import losses
 from ctxdistill.losses import (
     LOSSES,
     _kl,
@@ -336,6 +337,35 @@ def test_terms_is_its_parts_in_value_and_gradient(kind: str, temperature: float)
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_terms_of_some_positions_at_a_time_are_those_of_all(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, start, ids = logits(6, 300, seed=1), logits(6, 300, seed=2), torch.tensor([0, 9, 9, 299, 4, 4])
+    seen, found = list[int](), []
+    expectation = losses._expectation
+
+    def counted(p: Tensor, x: Tensor) -> Tensor:
+        seen.append(len(p))
+        return expectation(p, x)
+
+    monkeypatch.setattr(losses, "_expectation", counted)
+    for at_once in (rows * 300 + 299, losses.CACHED):
+        monkeypatch.setattr(losses, "CACHED", at_once)
+        student = start.clone().requires_grad_()
+        values = terms("forward_kl", teacher.clone(), student, ids)
+        (gradient,) = torch.autograd.grad(values[0] @ torch.linspace(-1, 2, 6) + values[1].sum(), student)
+        found.append([*(v.detach() for v in values), gradient])
+    assert max(seen[: len(seen) - 3]) == rows and seen[-3:] == [6] * 3
+    for some, whole in zip(*found, strict=True):
+        assert torch.equal(some, whole)
+
+
+def test_terms_of_no_position() -> None:
+    student = torch.zeros(0, 9, requires_grad=True)
+    found = terms("forward_kl", torch.zeros(0, 9), student, torch.zeros(0, dtype=torch.int64))
+    assert [len(v) for v in found] == [0] * 4
+    assert torch.autograd.grad(found.divergence.sum(), student)[0].shape == (0, 9)
+
+
 @pytest.mark.parametrize("part", [0, 1])
 def test_terms_gradcheck(part: int) -> None:
     teacher, student = logits(3, 9, seed=1).double(), logits(3, 9, seed=2).double().requires_grad_()
@@ -345,7 +375,7 @@ def test_terms_gradcheck(part: int) -> None:
 
 def test_terms_of_equal_sides_is_exactly_zero() -> None:
     same = logits(4, 150_000, seed=1)
-    found = terms("forward_kl", log_softmax(same), same.clone(), torch.zeros(4, dtype=torch.int64))
+    found = terms("forward_kl", same.clone(), same, torch.zeros(4, dtype=torch.int64))
     assert found.divergence.tolist() == [0.0] * 4
     assert torch.equal(found.teacher_entropy, found.student_entropy)
 

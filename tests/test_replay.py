@@ -13,7 +13,7 @@ from ctxdistill import replay
 from ctxdistill import train as loop
 from ctxdistill.errors import TrainError
 from ctxdistill.lm import LM
-from ctxdistill.objective import Example, Stats, batch_loss
+from ctxdistill.objective import Example, Stats, batch_loss, position_loss, said
 from ctxdistill.recipe import LoraSection, ModelSection, TrainSection
 from ctxdistill.replay import Replay, Sizes
 from ctxdistill.rundir import RunDir
@@ -97,6 +97,15 @@ def test_loss_sums_and_gradient_are_those_of_the_rows(
         largest = max(float(g.abs().max()) for g in wanted[2].values())
         for name, value in wanted[2].items():
             torch.testing.assert_close(found[name], value, atol=CLOSE * largest, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_of_the_teacher_is_as_it_was_after_the_loss(lm: LM, kind: str) -> None:
+    known = said([e.target for e in examples(lm, kind)], lm.device)
+    before = {name: value.clone() for name, value in known.teacher.items()}
+    hidden = torch.randn(len(known.ids), lm.model.config.hidden_size, device=lm.device)
+    position_loss(lm, known, TrainSection(), {})(hidden, slice(0, len(hidden)))
+    assert before and all(torch.equal(known.teacher[name], value) for name, value in before.items())
 
 
 def test_a_part_that_is_not_replayed_adds_to_the_same_gradient(lm: LM) -> None:

@@ -135,23 +135,28 @@ class _Norm:
         if x.dtype != weight.dtype:
             return False
         # on an accelerator teacher and student round alike when all weights are trained, too
-        return x.device.type != "cpu" or (x.dtype == torch.float32 and not weight.requires_grad)
+        return x.device.type != "cpu" or (x.dtype != torch.float64 and not weight.requires_grad)
 
 
 class _RootMeanSquare(torch.autograd.Function):
-    """y = x w / sqrt(mean x^2 + eps), with w frozen; x [..., d], w [d]."""
+    """y = x w / sqrt(mean x^2 + eps), with w frozen; x [..., d], w [d]. The sum is in fp32 for types of 16 bits."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        square: Tensor = torch.linalg.vecdot(x, x) / x.shape[-1]  # [...]
+        wide = _wide(x)
+        square: Tensor = torch.linalg.vecdot(wide, wide) / x.shape[-1]  # [...]
         scale = (square + epsilon).rsqrt_()[..., None]  # [..., 1]
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return (wide * scale).to(x.dtype).mul_(weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        g = gradient * weight
-        along = torch.linalg.vecdot(g, x)[..., None] * scale**3 / -x.shape[-1]  # [..., 1]
-        return g.mul_(scale).addcmul_(x, along), None, None
+        g, wide = _wide(gradient * weight), _wide(x)
+        along = torch.linalg.vecdot(g, wide)[..., None] * scale**3 / -x.shape[-1]  # [..., 1]
+        return g.mul_(scale).addcmul_(wide, along).to(x.dtype), None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -191,38 +191,48 @@ class Terms(NamedTuple):
 
 
 def terms(
-    kind: str, log_p: Tensor, student: Tensor, ids: Tensor, temperature: float = 1.0, *, log: bool = True
+    kind: str, teacher: Tensor, student: Tensor, ids: Tensor, temperature: float = 1.0, *, log: bool = True
 ) -> Terms:
     """`divergence`, and at temperature 1 the student's `cross_entropy` and, for the log, both entropies.
 
     Args:
         kind: a key of `LOSSES`.
-        log_p: the teacher's log-probabilities [P, V], without a gradient. They may be written over.
+        teacher: logits [P, V], without a gradient; log-probabilities are logits, too. They may be written over.
         student: logits [P, V].
         ids: [P] int64.
     """
     if kind == "forward_kl" and temperature == 1:
-        return Terms(*_ForwardKLTerms.apply(log_p, student, ids, log))  # type: ignore[no-untyped-call]
-    log_q = log_softmax(student)  # [P, V]
+        return Terms(*_ForwardKLTerms.apply(teacher, student, ids, log))  # type: ignore[no-untyped-call]
+    log_p, log_q = log_softmax(teacher), log_softmax(student)  # [P, V]
     soft = of_logprobs(kind, log_p, log_q) if temperature == 1 else divergence(kind, log_p, student, temperature)
     entropies = (entropy(log_p), entropy(log_q)) if log else (None, None)
     return Terms(soft, cross_entropy(log_q, ids), *entropies)
 
 
+CACHED = 2**19
+"""Numbers of a tensor, 2 MB in fp32, of which a CPU's cache holds a few. An accelerator gets 64 times as many."""
+
+
 class _ForwardKLTerms(torch.autograd.Function):
-    """`terms` of forward KL from logits: fewer passes again, and half as much memory."""
+    """`terms` of forward KL in fewer passes again and half as much memory; some positions at a time, all passes over them while
+    they are in a CPU's cache."""
 
     @staticmethod
-    def forward(ctx: Any, log_p: Tensor, student: Tensor, ids: Tensor, log: bool) -> tuple[Tensor | None, ...]:
-        """`log_p` is written over."""
-        p, log_q = log_p.exp(), log_softmax(student)  # [P, V]
-        entropy_p, ce = -_expectation(p, log_p) if log else None, cross_entropy(log_q, ids)
-        kl = _expectation(p, log_p.sub_(log_q))
-        q = torch.exp(log_q, out=log_p)  # [P, V]
-        entropy_q = -_expectation(q, log_q) if log else None
+    def forward(ctx: Any, teacher: Tensor, student: Tensor, ids: Tensor, log: bool) -> tuple[Tensor | None, ...]:
+        """`teacher` is written over."""
+        p, q = _at_least_fp32(teacher), torch.empty_like(student, dtype=_at_least_fp32(student[:0]).dtype)  # [P, V]
+        found = []
+        for some in _blocks(q):
+            log_p, log_q = p[some].log_softmax(-1), log_softmax(student[some])
+            torch.exp(log_p, out=p[some])
+            torch.exp(log_q, out=q[some])
+            entropies = [-_expectation(p[some], log_p), -_expectation(q[some], log_q)] if log else []
+            ce = cross_entropy(log_q, ids[some])
+            found.append([_expectation(p[some], log_p.sub_(log_q)), ce, *entropies])
         ctx.save_for_backward(p, q, ids)
-        ctx.mark_non_differentiable(*(x for x in (entropy_p, entropy_q) if x is not None))
-        return kl, ce, entropy_p, entropy_q
+        kl, ce, *entropies = (torch.cat(parts) for parts in zip(*found, strict=True))
+        ctx.mark_non_differentiable(*entropies)
+        return kl, ce, *(entropies or (None, None))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -230,9 +240,17 @@ class _ForwardKLTerms(torch.autograd.Function):
         """d KL / d logits = q - p, d CE / d logits = q - 1 at the id."""
         p, q, ids = ctx.saved_tensors
         for_kl, for_ce, ids = for_kl[:, None], for_ce[:, None], ids[:, None]
-        gradient = (p * -for_kl).addcmul_(q, for_kl + for_ce)  # [P, V]
+        gradient = torch.empty_like(q)  # [P, V]
+        for some in _blocks(q):
+            torch.mul(p[some], -for_kl[some], out=gradient[some]).addcmul_(q[some], (for_kl + for_ce)[some])
         gradient.scatter_(-1, ids, gradient.gather(-1, ids) - for_ce)
         return None, gradient, None, None
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    """Positions of x [P, V] to be worked on at a time."""
+    at_once = CACHED if x.device.type == "cpu" else 64 * CACHED
+    return _slices(len(x), max(1, at_once // x.shape[-1])) or [slice(0)]
 
 
 def chunked(fn: Callable[[Tensor, slice], Tensor], hidden: Tensor, *, chunk: int) -> tuple[Tensor, Tensor]:

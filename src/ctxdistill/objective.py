@@ -78,10 +78,8 @@ def position_loss(
             ce = losses.cross_entropy(student, ids[where])
             note("student_entropy", None if stats is None else losses.entropy(student))
         else:
-            with torch.no_grad():  # a copy of what is kept
-                teacher = losses.log_softmax(
-                    kept["logprobs"][where] if "logprobs" in kept else lm.head(kept["hidden"][where])
-                )  # [p, V]
+            with torch.no_grad():  # a copy of what is kept, since it may be written over
+                teacher = kept["logprobs"][where].clone() if "logprobs" in kept else lm.head(kept["hidden"][where])
             found = losses.terms(section.loss, teacher, lm.head(hidden), ids[where], soft, log=stats is not None)
             divergence, ce = found.divergence, found.cross_entropy
             note("teacher_entropy", found.teacher_entropy)
