@@ -22,8 +22,9 @@ from ctxdistill.behaviour import TOKENS
 from ctxdistill.dataset import Data
 from ctxdistill.evaluate import score_arm, teacher_targets
 from ctxdistill.generic import TRAINED
-from ctxdistill.lm import LM
+from ctxdistill.lm import LM, linear_layers
 from ctxdistill.objective import Example, batch_loss
+from ctxdistill.products import linear
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe, TargetsSection
 from ctxdistill.store import Target, TargetStore
@@ -126,6 +127,22 @@ def step(recipe: Recipe, lm: LM, batch: Sequence[Example]) -> tuple[float, float
             lm.model.disable_input_require_grads()
         lm.remove_adapter()
     return train / tokens, forward / tokens
+
+
+@torch.no_grad()
+def gain_of_bfloat16(lm: LM) -> float | None:
+    """How many times as fast a processor multiplies by the model's largest block matrix in bfloat16 as in float32; None for a
+    model that is not in float32 on a CPU."""
+    blocks = (lm.model.get_submodule(name) for name in linear_layers(lm.model)[0])
+    weights = [m.weight for m in blocks if type(m) is torch.nn.Linear and m.weight.dtype == torch.float32]
+    if lm.device.type != "cpu" or not weights:
+        return None
+    weight = max(weights, key=torch.Tensor.numel)  # [out, in]
+    x = torch.randn(256, weight.shape[1])
+    short, thin = x.bfloat16(), weight.bfloat16()
+    products = (lambda: linear(x, weight)), (lambda: torch.nn.functional.linear(short, thin))
+    exact, rounded = (min(clocked(product)[1] for _ in range(4)) for product in products)  # the first one warms up
+    return exact / rounded
 
 
 def clocked(work: Any) -> tuple[Any, float]:

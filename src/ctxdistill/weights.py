@@ -76,7 +76,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on the CPU (faster there) and bfloat16 on an accelerator that has it."""
+    """`auto` is float32 on the CPU (the same on all) and bfloat16 on an accelerator that has it."""
     if name != "auto":
         return DTYPES[name]
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
