@@ -168,70 +168,69 @@ def attention(
         q = query.view(len(query), kv, group, -1, size).transpose(0, 1)  # [K, R, G, M, D]
         made = _behind(q, key.transpose(0, 1), value.transpose(0, 1), start_k[0], start_v[0], p.hidden, dropout)
         return made.permute(1, 3, 0, 2, 4).reshape(len(query), -1, heads, size), None
-    out: list[torch.Tensor] = []
+    parts = [Apart.apply(x.squeeze(0), p.rows, p.back) for x in (query, key, value)]  # type: ignore[no-untyped-call]
+    (q, k, v), own = zip(*parts, strict=True)  # [., P, D]; [., R L, D]
     shared: tuple[torch.Tensor, torch.Tensor] | None = None
+    begun = q
     if p.cached:
         keys, values = p.cached[module.layer_idx]
         shared = keys[0], values[0]  # [K, C, D]
     if p.start:
-        first = slice(0, p.start)
-        q, k, v = query[0, :, first], key[0, :, first], value[0, :, first]
         q = q.view(kv, 1, group, p.start, size)
         if shared:
             begun = _behind(q, k[:, None], v[:, None], *shared, None, dropout)
             shared = torch.cat([shared[0], k], 1), torch.cat([shared[1], v], 1)  # [K, C + P, D]
         else:
             begun, shared = _alone(q, k[:, None], v[:, None], dropout), (k, v)
-        out.append(begun.reshape(heads, p.start, size))
+        begun = begun.reshape(heads, p.start, size)
     r, longest = p.rows.shape
-    spread = [ToRows.apply(x[0], p.rows, p.back) for x in (query, key, value)]  # type: ignore[no-untyped-call]
-    q = spread[0].view(kv, group, r, longest, size).transpose(1, 2)  # [K, R, G, L, D]
-    k, v = (x.view(kv, r, longest, size) for x in spread[1:])
+    q = own[0].view(kv, group, r, longest, size).transpose(1, 2)  # [K, R, G, L, D]
+    k, v = (x.view(kv, r, longest, size) for x in own[1:])
     if shared or p.hidden is not None:
         shared = shared or (k[:, 0, :0], v[:, 0, :0])
         result = _behind(q, k, v, *shared, p.hidden, dropout)
     else:
         result = _alone(q, k, v, dropout)
     made = result.transpose(1, 2).reshape(heads, r * longest, size)
-    out.append(ToTokens.apply(made, p.back))  # type: ignore[no-untyped-call]  # [H, S - P, D]
-    return torch.cat(out, 1).transpose(0, 1)[None], None
+    return Together.apply(begun, made, p.back).transpose(0, 1)[None], None  # type: ignore[no-untyped-call]
 
 
-class ToRows(torch.autograd.Function):
-    """Tokens [., S, D] to padded rows [., R L, D]. Indexing alone would sum the gradients of equal indices, for which it has
-    to sort them; here nothing comes back from padding, which no token sees, so each token has the gradient of one place."""
+class Apart(torch.autograd.Function):
+    """Tokens [., S, D] to the start's [., P, D] and padded rows [., R L, D]. Indexing alone would sum the gradients of equal
+    indices, for which it has to sort them; here nothing comes back from padding, which no token sees, so each token has the
+    gradient of one place."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, rows: torch.Tensor, back: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`rows`, `back`: as in `Pack`."""
         ctx.save_for_backward(back)
-        ctx.shape = x.shape
-        return x[:, rows.flatten()]
+        return x[:, : x.shape[1] - len(back)].clone(), x.index_select(1, rows.flatten())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, for_start: torch.Tensor, for_rows: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (back,) = ctx.saved_tensors
-        found = gradient.new_zeros(ctx.shape)
-        found[:, ctx.shape[1] - len(back) :] = gradient[:, back]
-        return found, None, None
+        return torch.cat([for_start, for_rows.index_select(1, back)], 1), None, None
 
 
-class ToTokens(torch.autograd.Function):
-    """The other way: padded rows [., R L, D] to tokens behind the start [., S - P, D]."""
+class Together(torch.autograd.Function):
+    """The other way: the start's [., P, D] and padded rows [., R L, D] to tokens [., S, D]."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, start: torch.Tensor, rows: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
         """`back`: as in `Pack`."""
         ctx.save_for_backward(back)
-        ctx.shape = x.shape
-        return x[:, back]
+        ctx.shape = rows.shape
+        return torch.cat([start, rows.index_select(1, back)], 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         (back,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.shape).index_copy_(1, back, gradient), None
+        first, others = gradient.split([gradient.shape[1] - len(back), len(back)], 1)
+        return first, gradient.new_zeros(ctx.shape).index_copy_(1, back, others), None
 
 
 def later(length: int, device: torch.device) -> torch.Tensor:
