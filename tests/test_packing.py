@@ -156,7 +156,7 @@ def test_half_of_the_flash_kernel_equals_all_scores_at_once(dtype: torch.dtype, 
 def test_pieces_and_recomputation_change_nothing(
     llama: object, cache: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm = LM.load(ModelSection(name=str(llama)))
+    lm = LM.load(ModelSection(name=str(llama), device="cpu"))
     lm.add_adapter(LoraSection(rank=2), seed=0)
     rows = [
         ([*START, *range(s, s + n)], 4) for s, n in ((60, 37), (100, 21), (130, 18))
@@ -175,7 +175,7 @@ def test_pieces_and_recomputation_change_nothing(
 
 def test_checkpointed_layers_are_not_packed(llama: object) -> None:
     """They are computed again when the pack is gone."""
-    lm = LM.load(ModelSection(name=str(llama)))
+    lm = LM.load(ModelSection(name=str(llama), device="cpu"))
     lm.add_adapter(LoraSection(rank=2), seed=0)
     slow = gradients(lm, one_by_one(lm, SHARED))
     lm.training(True)
