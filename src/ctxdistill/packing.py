@@ -30,6 +30,8 @@ CACHE = 2**21
 """Scores that are computed at a time on a CPU; 8 MB in fp32."""
 FEW = 128
 """Keys of a token, below which all scores at once are as fast as the flash kernel called twice."""
+COPIED = 64
+"""Tokens of a start whose keys and values are copied to each row's own: one product then takes the place of two."""
 KEPT = 2**22
 """Scores of a layer that are kept for the backward pass."""
 Layers = tuple[tuple[torch.Tensor, torch.Tensor], ...]
@@ -420,15 +422,23 @@ def _attend(
     """Rows with themselves, q [K, R, G, M, D] of M positions, k and v [K, R, L, D], and with the shared start [K, P, D];
     one softmax over both -> [K, R, G, M, D]."""
     kv, r, group, m, size = q.shape
-    longest = k.shape[2]
-    own = q.reshape(kv, r, group * m, size) @ k.transpose(-1, -2)  # [K, R, G M, L]
-    own = own.view(kv, r, group, m, longest).masked_fill(hidden, -torch.inf)
-    start = q.reshape(kv, r * group * m, size) @ start_k.transpose(-1, -2)  # [K, R G M, P]
-    scores = torch.cat([start.view(kv, r, group, m, -1), own], -1)  # [K, R, G, M, P + L]
+    if 0 < start_k.shape[1] <= COPIED:
+        hidden = torch.nn.functional.pad(hidden, (start_k.shape[1], 0))
+        k, v = (
+            torch.cat([begun[:, None].expand(-1, r, -1, -1), x], 2) for begun, x in ((start_k, k), (start_v, v))
+        )  # [K, R, P + L, D]
+        start_k = start_k[:, :0]
+    length, apart = k.shape[2], bool(start_k.shape[1])
+    scores = (q.reshape(kv, r, group * m, size) @ k.transpose(-1, -2)).view(kv, r, group, m, length)
+    scores = scores + scores.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+    if apart:
+        start = q.reshape(kv, r * group * m, size) @ start_k.transpose(-1, -2)  # [K, R G M, P]
+        scores = torch.cat([start.view(kv, r, group, m, -1), scores], -1)  # [K, R, G, M, P + L]
     weights = torch.nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout)
-    from_start = weights[..., :-longest].reshape(kv, r * group * m, -1) @ start_v
-    from_own = weights[..., -longest:].reshape(kv, r, group * m, longest) @ v
-    return from_start.view_as(q) + from_own.view_as(q)
+    found = (weights[..., -length:].reshape(kv, r, group * m, length) @ v).view_as(q)
+    if apart:
+        found = found + (weights[..., :-length].reshape(kv, r * group * m, -1) @ start_v).view_as(q)
+    return found
 
 
 AttentionInterface.register(NAME, attention)
