@@ -153,8 +153,9 @@ def test_half_of_the_flash_kernel_equals_all_scores_at_once(dtype: torch.dtype, 
 
 @pytest.mark.parametrize("cache", [1, 2000, 2**21])
 @pytest.mark.parametrize("kept", [0, 2**22])
+@pytest.mark.parametrize("copied", [0, 64])
 def test_pieces_and_recomputation_change_nothing(
-    llama: object, cache: int, kept: int, monkeypatch: pytest.MonkeyPatch
+    llama: object, cache: int, kept: int, copied: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = LM.load(ModelSection(name=str(llama), device="cpu"))
     lm.add_adapter(LoraSection(rank=2), seed=0)
@@ -168,6 +169,7 @@ def test_pieces_and_recomputation_change_nothing(
     monkeypatch.setattr(packing, "_behind", packing._in_pieces)  # as on a device without the kernel
     monkeypatch.setattr(packing, "CACHE", cache)
     monkeypatch.setattr(packing, "KEPT", kept)
+    monkeypatch.setattr(packing, "COPIED", copied)  # the start's keys for each row, or once
     assert_same(slow, gradients(lm, lm.hidden(rows)))
     layers, pieces = 3, {1: 9, 2000: 9, 2**21: 1}[cache]
     assert len(calls) == layers * pieces * (2 if kept == 0 else 1)
