@@ -203,9 +203,7 @@ class Apart(torch.autograd.Function):
     gradient of one place."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, rows: torch.Tensor, back: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, back: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`rows`, `back`: as in `Pack`."""
         ctx.save_for_backward(back)
         return x[:, : x.shape[1] - len(back)].clone(), x.index_select(1, rows.flatten())
