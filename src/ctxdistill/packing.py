@@ -229,8 +229,8 @@ class Together(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         (back,) = ctx.saved_tensors
-        first, others = gradient.split([gradient.shape[1] - len(back), len(back)], 1)
-        return first, gradient.new_zeros(ctx.shape).index_copy_(1, back, others), None
+        start = gradient.shape[1] - len(back)
+        return gradient[:, :start], gradient.new_zeros(ctx.shape).index_copy_(1, back, gradient[:, start:]), None
 
 
 def later(length: int, device: torch.device) -> torch.Tensor:
