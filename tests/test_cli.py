@@ -148,8 +148,8 @@ def test_a_plan_is_told_stage_by_stage(pipeline: types.SimpleNamespace, capfd: p
     assert "m on cpu, rows: 1,300 train, 8 eval" in lines
     assert "train 65 s" in lines
     assert "estimated: 100 s to distil, 1,700 MB of memory, 12 MB on disk, cost 0.50" in lines
-    hint = "this processor multiplies in bfloat16 1.9 times as fast as in float32; to see what that makes of it, add"
-    assert f"{hint} model.dtype=bfloat16" in lines
+    hint = "this processor multiplies in bfloat16 1.9 times as fast as in float32; to see what the run would then take,"
+    assert f"{hint} add model.dtype=bfloat16" in lines
 
 
 @pytest.mark.parametrize("gain", [None, 0.3, 1.4])

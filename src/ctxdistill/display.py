@@ -215,7 +215,7 @@ def plan(out: Console, found: Mapping[str, Any]) -> None:
     out.print(plain(_expected(found)), soft_wrap=True)
     if (gain := found.get("bfloat16") or 0.0) >= WORTH_ROUNDING:
         text = f"this processor multiplies in bfloat16 {gain:.1f} times as fast as in float32; "
-        out.print(plain(text + "to see what that makes of it, add model.dtype=bfloat16"), soft_wrap=True)
+        out.print(plain(text + "to see what the run would then take, add model.dtype=bfloat16"), soft_wrap=True)
 
 
 def _expected(found: Mapping[str, Any]) -> str:

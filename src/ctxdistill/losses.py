@@ -220,7 +220,8 @@ class _ForwardKLTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, teacher: Tensor, student: Tensor, ids: Tensor, log: bool) -> tuple[Tensor | None, ...]:
         """`teacher` is written over."""
-        p, q = _at_least_fp32(teacher), torch.empty_like(student, dtype=_at_least_fp32(student[:0]).dtype)  # [P, V]
+        p = _at_least_fp32(teacher)  # [P, V]
+        q = torch.empty_like(student, dtype=torch.promote_types(student.dtype, torch.float32))  # [P, V]
         found = []
         for some in _blocks(q):
             log_p, log_q = p[some].log_softmax(-1), log_softmax(student[some])

@@ -154,7 +154,8 @@ def attention(
     are `Behind` something: query [R, H, M, D], key and value [R, K, L, D] -> [R, M, H, D].
 
     Two small products take the place of one with a mask of S x S: all tokens with the shared start, and each row with
-    itself. Query heads of one key-value head are laid side by side, so that no key is copied.
+    itself (or one, of each row with a copy of a short start and itself). Query heads of one key-value head are laid side
+    by side, so that they share its keys.
 
     Raises: `CannotPackError` for soft-capped scores, attention sinks, biases and windows.
     """
@@ -426,15 +427,15 @@ def _attend(
             torch.cat([begun[:, None].expand(-1, r, -1, -1), x], 2) for begun, x in ((start_k, k), (start_v, v))
         )  # [K, R, P + L, D]
         start_k = start_k[:, :0]
-    length, apart = k.shape[2], bool(start_k.shape[1])
+    length, once = k.shape[2], bool(start_k.shape[1])  # whether there is a start that all rows share as it is
     scores = (q.reshape(kv, r, group * m, size) @ k.transpose(-1, -2)).view(kv, r, group, m, length)
     scores = scores + scores.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
-    if apart:
+    if once:
         start = q.reshape(kv, r * group * m, size) @ start_k.transpose(-1, -2)  # [K, R G M, P]
         scores = torch.cat([start.view(kv, r, group, m, -1), scores], -1)  # [K, R, G, M, P + L]
     weights = torch.nn.functional.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout)
     found = (weights[..., -length:].reshape(kv, r, group * m, length) @ v).view_as(q)
-    if apart:
+    if once:
         found = found + (weights[..., :-length].reshape(kv, r * group * m, -1) @ start_v).view_as(q)
     return found
 
