@@ -8,6 +8,7 @@ generation, training, products, memory, startup. SmolLM2-135M-Instruct from the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -39,8 +40,10 @@ COMPLETIONS = (1, 34, 128)
 LABELS = (2, 10, 77, 150)
 STEPS = ((1, 0, 16), (4, 0, 16), (8, 0, 16), (16, 0, 16), (8, 100, 16), (8, 0, 4), (8, 0, 64))
 """Batch, spread of query lengths, rank."""
-PAIRS = 6
+TURNS = 6
 """Runs of each kind of product."""
+WAYS = {"picked": {}, "onednn": {"one_dnn": True, "avx512": True}, "torch": {"one_dnn": False}}
+"""What `products` is told of the machine for each kind."""
 SUPERVISED = (8, 16, 32, 64)
 
 
@@ -155,8 +158,9 @@ def training(model: str) -> Table:
 
 @torch.no_grad()
 def by_products(model: str) -> Table:
-    """Seconds of a training step of 8 rows, of labelling 32 and of writing 16 tokens for 8 of them, by oneDNN's products
-    (whatever the processor) and by torch's own: the best of each, and the median of the ratios of pairs, one after the other."""
+    """Seconds of a training step of 8 rows, of labelling 32 and of writing 16 tokens for 8 of them, by the products that this
+    project picks here, by oneDNN's, whatever the processor, and by torch's own: the best of each, and the median of the ratios
+    to torch's in turns, one after the other."""
     lm = LM.load(ModelSection(name=model), Path.cwd())
     width = lm.model.get_output_embeddings().weight.shape[1]
     rows = [(ids(59), 34) for _ in range(32)]
@@ -172,16 +176,19 @@ def by_products(model: str) -> Table:
         "train": step,
     }
     table = []
-    for name, work in works.items():
-        if name == "train":
+    for what, work in works.items():
+        if what == "train":
             lm.add_adapter(LoraSection(rank=16), 0)
-        ours, torchs = list[float](), list[float]()
-        for _ in range(PAIRS):
-            for found, wanted in ((ours, True), (torchs, False)):
-                with patch.object(products, "one_dnn", lambda wanted=wanted: wanted):
-                    found.append(best(work, 1))
-        ratio = statistics.median(a / b for a, b in zip(ours, torchs, strict=True))
-        table.append({"work": name, "s_onednn": min(ours), "s_torch": min(torchs), "ratio": ratio})
+        found = {name: list[float]() for name in WAYS}
+        for _ in range(TURNS):
+            for name, fixed in WAYS.items():
+                changed = {function: lambda value=value: value for function, value in fixed.items()}
+                with patch.multiple(products, **changed) if changed else contextlib.nullcontext():
+                    found[name].append(best(work, 1))
+        line: dict[str, Any] = {"work": what} | {f"s_{name}": min(seconds) for name, seconds in found.items()}
+        for name in ("picked", "onednn"):
+            line[f"ratio_{name}"] = statistics.median(a / b for a, b in zip(found[name], found["torch"], strict=True))
+        table.append(line)
     return table
 
 

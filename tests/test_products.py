@@ -23,8 +23,9 @@ pytestmark = pytest.mark.skipif(platform.machine().lower() not in {"x86_64", "am
 
 @pytest.fixture(autouse=True)
 def amd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a processor of AMD's, and with small products, too."""
+    """As on a processor of AMD's with AVX-512, and with small products, too."""
     one_dnn.cache_clear()
+    monkeypatch.setattr(products, "avx512", lambda: True)
     monkeypatch.setattr(products, "WORTH", 0)
     monkeypatch.setattr(products, "by_amd", lambda: True)
     assert one_dnn()
@@ -92,6 +93,25 @@ def test_small_products_are_torchs(monkeypatch: pytest.MonkeyPatch, calls: list[
     assert not calls
     linear(torch.randn(2, 2, 5), torch.randn(4, 5))
     assert len(calls) == 1
+
+
+def test_without_avx512_only_many_outputs_are_one_dnns(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+    monkeypatch.setattr(products, "avx512", lambda: False)
+    monkeypatch.setattr(products, "WIDE", 6)
+    x, narrow, wide = torch.randn(3, 5), torch.randn(5, 5), torch.randn(6, 5)
+    across = torch.randn(5, 6).T  # as in the backward pass
+    for weight, expected in ((narrow, 0), (across, 0), (wide, 1)):
+        torch.testing.assert_close(linear(x, weight), by_torch(x, weight))
+        assert len(calls) == expected
+
+
+@pytest.mark.parametrize(("found", "expected"), [("AVX2", False), ("AVX512", True), ("DEFAULT", False)])
+def test_avx512_is_known(found: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: found)
+    products.avx512.cache_clear()
+    assert products.avx512() is expected
+    products.avx512.cache_clear()
 
 
 class Net(torch.nn.Module):

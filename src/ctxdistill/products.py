@@ -1,9 +1,10 @@
 """Products with frozen matrices, and the fused adapter's, on AMD's processors by oneDNN.
 
 In: fp32 tensors on a CPU of AMD's. Torch leaves their products to MKL, which is made for Intel's processors; oneDNN, which
-torch brings along, is faster there (docs/performance.md). Out: the same numbers up to rounding, which is up to 2.2 times MKL's,
-and below 1e-6 of a product's size. Invariant: everything else (other processors and devices, other types, small products, layers
-that are trained, a torch without oneDNN) is multiplied by torch as usual.
+torch brings along, is faster there: with AVX-512 always, without it where outputs are many, as the head's (docs/performance.md).
+Out: the same numbers up to rounding, which is up to 2.2 times MKL's, and below 1e-6 of a product's size. Invariant: everything
+else (other processors and devices, other types, small products, layers that are trained, a torch without oneDNN) is multiplied by
+torch as usual.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 Tensor = torch.Tensor
 WORTH = 2**19
 """Multiplications below which oneDNN's preparation of each new shape costs more than it gains."""
+WIDE = 2048
+"""Outputs from which oneDNN is faster without AVX-512, too, if each one's weights lie side by side."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,7 +29,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _can(x: Tensor, weight: Tensor) -> bool:
     large = x.numel() * len(weight) >= WORTH
-    return large and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and one_dnn()
+    if not large or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or not one_dnn():
+        return False
+    return avx512() or (len(weight) >= WIDE and weight.stride(-1) == 1)
 
 
 def _by_one_dnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -54,6 +59,12 @@ def by_amd() -> bool:
     except OSError:  # not Linux
         about = platform.processor()
     return "AuthenticAMD" in about
+
+
+@functools.cache
+def avx512() -> bool:
+    """Whether torch uses AVX-512 here."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def use(model: torch.nn.Module) -> None:
