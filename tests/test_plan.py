@@ -106,8 +106,10 @@ def test_the_batch_that_is_tried_is_the_longest(job: Path) -> None:
     assert [len(e.prompt) for e in batch] == lengths[-4:]
 
 
-@pytest.mark.parametrize(("dtype", "asked"), [("auto", True), ("float32", True), ("bfloat16", False)])
-def test_a_model_in_float32_is_compared_with_bfloat16(
+@pytest.mark.parametrize(
+    ("dtype", "asked"), [("auto", True), ("float32", True), ("bfloat16", True), ("float16", False)]
+)
+def test_both_types_are_compared_for_a_model_in_one_of_them(
     job: Path, dtype: str, asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds, kinds = iter([9.0, 6.0, 7.0, 8.0, 9.0, 4.0, 3.0, 5.0]), []
@@ -125,7 +127,7 @@ def test_a_model_in_float32_is_compared_with_bfloat16(
 def test_plan_and_gate_say_the_same_things(job: Path) -> None:
     found = pipeline.plan(recipe(job))
     assert found["rows"] == {"train": 13, "validation": 3, "eval": 8} and found["device"] == "cpu"
-    assert found["bfloat16"] > 0
+    assert found["bfloat16"] > 0 and found["dtype"] == "float32"
     verdict = pipeline.gate(recipe(job, gate={"min_kl": 0.0, "min_gain": -1.0}))
     assert set(verdict["estimate"]) < set(found)
     assert verdict["estimate"]["disk_mb"] == pytest.approx(found["disk_mb"], rel=0.2)

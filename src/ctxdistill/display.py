@@ -47,7 +47,7 @@ from ctxdistill.results import (
 )
 
 WORTH_ROUNDING = 1.5
-"""How many times as fast a CPU must multiply in bfloat16 for `plan` to speak of it."""
+"""How many times as fast a CPU must multiply in the other of float32 and bfloat16 for `plan` to speak of it."""
 SIDE_BY_SIDE = 120
 """Columns from which two prompts stand beside each other."""
 QUIET = 10.0
@@ -213,9 +213,13 @@ def plan(out: Console, found: Mapping[str, Any]) -> None:
         table.add_row(plain(stage), plain(duration(seconds)))
     out.print(table)
     out.print(plain(_expected(found)), soft_wrap=True)
-    if (gain := found.get("bfloat16") or 0.0) >= WORTH_ROUNDING:
-        text = f"this processor multiplies in bfloat16 {gain:.1f} times as fast as in float32; "
-        out.print(plain(text + "to see what the run would then take, add model.dtype=bfloat16"), soft_wrap=True)
+    gain = found.get("bfloat16") or 1.0
+    slower, faster = "float32", "bfloat16"
+    if found["dtype"] == faster:
+        slower, faster, gain = faster, slower, 1 / gain
+    if gain >= WORTH_ROUNDING:
+        text = f"this processor multiplies in {faster} {gain:.1f} times as fast as in {slower}; "
+        out.print(plain(f"{text}to see what the run would then take, add model.dtype={faster}"), soft_wrap=True)
 
 
 def _expected(found: Mapping[str, Any]) -> str:

@@ -176,11 +176,11 @@ def queries(
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """What a run would take: `seconds` (by `stages`), `memory_mb`, `disk_mb`, `cost`, from each stage tried on a few rows;
-    `bfloat16`: how many times as fast a CPU would multiply in that, for a model in float32."""
+    `bfloat16`: how many times as fast a CPU multiplies in that as in float32, for a model (`dtype`) in one of them."""
     lm, prompter, rows = prepare(recipe)
     found = planning.predict(recipe, lm, rows, planning.measure(recipe, lm, prompter, rows))
     counts = {split: len(pairs) for split, pairs in rows.pairs.items()}
-    about = {"model": lm.info["name"], "device": lm.info["device"], "rows": counts}
+    about = {"model": lm.info["name"], "device": lm.info["device"], "dtype": lm.info["dtype"], "rows": counts}
     return found | about | {"bfloat16": planning.gain_of_bfloat16(lm)}
 
 

@@ -32,6 +32,8 @@ from ctxdistill.targets import label
 from ctxdistill.train import Part, Step, backward, recordings
 
 ARMS_TIMED = 3
+COMPARED = torch.float32, torch.bfloat16
+"""Types of weights of which a CPU may be much faster in one than in the other."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,12 @@ def step(recipe: Recipe, lm: LM, batch: Sequence[Example]) -> tuple[float, float
 @torch.no_grad()
 def gain_of_bfloat16(lm: LM) -> float | None:
     """How many times as fast a processor multiplies by the model's largest block matrix in bfloat16 as in float32; None for a
-    model that is not in float32 on a CPU."""
+    model that is in neither, or not on a CPU."""
     blocks = (lm.model.get_submodule(name) for name in linear_layers(lm.model)[0])
-    weights = [m.weight for m in blocks if type(m) is torch.nn.Linear and m.weight.dtype == torch.float32]
+    weights = [m.weight for m in blocks if type(m) is torch.nn.Linear and m.weight.dtype in COMPARED]
     if lm.device.type != "cpu" or not weights:
         return None
-    weight = max(weights, key=torch.Tensor.numel)  # [out, in]
+    weight = max(weights, key=torch.Tensor.numel).float()  # [out, in]
     x = torch.randn(256, weight.shape[1])
     x_16, weight_16 = x.bfloat16(), weight.bfloat16()
     products = (lambda: linear(x, weight)), (lambda: linear(x_16, weight_16))

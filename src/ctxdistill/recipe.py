@@ -45,7 +45,7 @@ class ModelSection(Section):
     """Hub revision (branch, tag or commit). Unset: the hub's default branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the frozen weights. `auto`: float32 on CPU, else bfloat16 if the device has it, else float32. Some processors
-    (AVX512-BF16, AMX) are much faster in bfloat16; `ctxdistill plan` says whether yours is."""
+    (AVX512-BF16, AMX) are much faster in bfloat16, others much slower; `ctxdistill plan` says which yours is."""
     quantize: Literal["none", "8bit", "4bit"] = "none"
     """Keep the frozen weights of the linear layers in 8 bits (LLM.int8) or 4 (NF4), with bitsandbytes: teacher, base model
     and student are then all the quantised model. `dtype` is what is computed in. Head, embeddings and adapter stay as they are."""
