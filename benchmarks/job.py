@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,8 @@ from ctxdistill.weights import DTYPES, load_tokenizer, locate, packaged_gguf, qu
 ROWS, BATCH, EPOCHS = 64, 8, 2
 PROMPTS = {"long": 1008, "short": 258}
 """Tokens of the system prompt."""
+TURNS = 15
+"""Times that all matrices are multiplied by to find a rate."""
 AGREE = {"float32": 1e-3, "bfloat16": 5e-2}
 """By how much, as a share, the first losses of two systems may differ: a loss is the small difference of large numbers, of which
 bfloat16 keeps eight bits."""
@@ -228,8 +231,7 @@ def floor(model: ModelSection, tokens: int) -> dict[str, Any]:
     head = lm.model.get_output_embeddings().weight
     per_batch = BATCH * sum(len(p.student) - template + len(a) - 1 for p, a in zip(pairs, answers, strict=True)) // ROWS
     per_head = sum(map(len, answers)) // ROWS * BATCH
-    block_rate, head_rate = rate(blocks, template + per_batch, linear), rate([head], per_head, linear)
-    our_rates = rate(blocks, template + per_batch, products.linear), rate([head], per_head, products.linear)
+    for_blocks, for_head = rates(blocks, template + per_batch), rates([head], per_head)
     of_blocks = forward_flops(lm, context)
     of_head = 0.0
     for pair, answer in zip(pairs, answers, strict=True):
@@ -239,25 +241,28 @@ def floor(model: ModelSection, tokens: int) -> dict[str, Any]:
         row = training_flops(lm, whole, 0, "lora") - training_flops(lm, shared, 0, "lora") * (1 - 1 / BATCH)
         of_blocks += EPOCHS * row
         of_head += EPOCHS * 3 * forward_flops(lm, 0, projected=len(answer))  # both sides, and one gradient
+    by_torch, by_ours = (of_blocks / b + of_head / h for b, h in zip(for_blocks, for_head, strict=True))
     return {
-        "seconds": of_blocks / block_rate + of_head / head_rate, "gflop_blocks": of_blocks / 1e9, "gflop_head": of_head / 1e9,
-        "gflops_per_second_blocks": block_rate / 1e9, "gflops_per_second_head": head_rate / 1e9,
-        "seconds_by_our_products": of_blocks / our_rates[0] + of_head / our_rates[1],
-        "steps": EPOCHS * ROWS // BATCH, "peak_mb": None,
+        "seconds": by_torch, "gflop_blocks": of_blocks / 1e9, "gflop_head": of_head / 1e9,
+        "gflops_per_second_blocks": for_blocks[0] / 1e9, "gflops_per_second_head": for_head[0] / 1e9,
+        "seconds_by_our_products": by_ours, "steps": EPOCHS * ROWS // BATCH, "peak_mb": None,
     }  # fmt: skip
 
 
 @torch.no_grad()
-def rate(matrices: list[torch.Tensor], tokens: int, multiply: Callable[..., torch.Tensor]) -> float:
-    """FLOPs per second of x W' and then (x W') W for each matrix once, so that none stays in the cache; the best of five."""
+def rates(matrices: list[torch.Tensor], tokens: int) -> list[float]:
+    """FLOPs per second of x W' and then (x W') W for each matrix once, so that none stays in the cache: by torch's products, and
+    in turn with them by this project's. The median of some: a job has its slow moments, too."""
     inputs = {m.shape[1]: torch.randn(tokens, m.shape[1], dtype=m.dtype) for m in matrices}
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        for m in matrices:
-            multiply(multiply(inputs[m.shape[1]], m), m.T)
-        best = min(best, time.perf_counter() - started)
-    return sum(4 * tokens * m.numel() for m in matrices) / best
+    ways: tuple[Callable[..., torch.Tensor], ...] = linear, products.linear
+    seconds = [list[float]() for _ in ways]
+    for _ in range(TURNS):
+        for multiply, found in zip(ways, seconds, strict=True):
+            started = time.perf_counter()
+            for m in matrices:
+                multiply(multiply(inputs[m.shape[1]], m), m.T)
+            found.append(time.perf_counter() - started)
+    return [sum(4 * tokens * m.numel() for m in matrices) / statistics.median(found) for found in seconds]
 
 
 System = Callable[[ModelSection, int], dict[str, Any]]

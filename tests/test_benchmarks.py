@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from ctxdistill.accounts import forward_flops, training_flops
@@ -46,7 +47,16 @@ def test_the_job_and_the_naive_loop_start_from_the_same_loss(
     assert ours["steps"] == naive["steps"] == 4
     assert ours["planned"] > 0
     floor = benchmark.floor(model, 258)
-    assert 0 < floor["seconds"] < ours["seconds"]
+    assert floor["steps"] == 4
+    assert floor["seconds"] > floor["gflop_blocks"] / floor["gflops_per_second_blocks"] > 0  # the head's come on top
+
+
+@pytest.mark.parametrize("benchmark", ["job"], indirect=True)
+def test_the_floor_is_the_median_rate_of_turns(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0, 30.0, 38.0, 40.0, 42.0, 50.0, 54.0])  # torch 1 4 2 s, ours 2 8 4 s
+    monkeypatch.setattr(benchmark, "TURNS", 3)
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert benchmark.rates([torch.ones(2, 3)], 5) == [4 * 5 * 6 / 2.0, 4 * 5 * 6 / 4.0]
 
 
 @pytest.mark.parametrize("benchmark", ["job"], indirect=True)
