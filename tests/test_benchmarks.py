@@ -105,7 +105,7 @@ def test_every_sweep_runs(
         "COMPLETIONS": (2,),
         "LABELS": (2, 10),
         "STEPS": ((2, 3, 4),),
-        "PAIRS": 1,
+        "TURNS": 1,
     }
     for name, value in sizes.items():
         monkeypatch.setattr(benchmark, name, value)
