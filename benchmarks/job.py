@@ -52,7 +52,7 @@ ROWS, BATCH, EPOCHS = 64, 8, 2
 PROMPTS = {"long": 1008, "short": 258}
 """Tokens of the system prompt."""
 TURNS = 15
-"""Times that all matrices are multiplied by to find a rate."""
+"""How often all matrices are multiplied by, in each way, to find a rate."""
 AGREE = {"float32": 1e-3, "bfloat16": 5e-2}
 """By how much, as a share, the first losses of two systems may differ: a loss is the small difference of large numbers, of which
 bfloat16 keeps eight bits."""
