@@ -67,6 +67,29 @@ def test_strength_multiplies_the_update(student: LM, value: float) -> None:
         torch.testing.assert_close(fast, hidden(student), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2's weights are [in, out]
+@pytest.mark.parametrize("value", [0.25, 1.5])
+def test_strength_moves_doras_magnitudes_from_those_of_the_base(architecture: str, value: float, tmp_path: Path) -> None:
+    """Against weights made by the formula: each output's magnitude times its direction."""
+    lm = LM.load(ModelSection(name=str(tiny.save(tmp_path, architecture))))
+    lm.add_adapter(LoraSection(rank=4, method="dora"), 0)
+    tiny.disturb(lm)
+    lm.training(False)
+    with strengthened(lm.peft, value):
+        fast = hidden(lm)
+    with torch.no_grad():
+        for module in lm.model.modules():
+            if hasattr(module, "lora_A"):
+                weight = module.base_layer.weight.T if architecture == "gpt2" else module.base_layer.weight
+                base = weight.norm(dim=1)  # [out]
+                magnitude = base + value * (module.lora_magnitude_vector["default"].weight - base)
+                update = module.lora_B["default"].weight @ module.lora_A["default"].weight
+                new = weight + value * module.scaling["default"] * update
+                weight.copy_(magnitude[:, None] * new / new.norm(dim=1, keepdim=True))
+    with lm.adapter(False):
+        torch.testing.assert_close(fast, hidden(lm), rtol=1e-4, atol=1e-4)
+
+
 def test_a_failure_inside_gives_the_strength_back(student: LM) -> None:
     trained = hidden(student)
     with pytest.raises(KeyError), strengthened(student.peft, 0.5):

@@ -235,6 +235,26 @@ def test_half_precision_keeps_logits_in_fp32(llama: Path, dtype: Any) -> None:
     assert torch.isfinite(logits).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_all_weights_are_trained_in_fp32_and_put_back(llama: Path, dtype: Any) -> None:
+    """In 16 bits an update of a hundred-thousandth is rounded away."""
+    lm = LM.load(ModelSection(name=str(llama), device="cpu", dtype=dtype))
+    before = {name: p.detach().clone() for name, p in lm.model.named_parameters()}
+    with lm.all_weights(classes=3):
+        trained = lm.trainable()
+        assert {p.dtype for p in trained.values()} == {torch.float32}
+        optimizer = torch.optim.AdamW(trained.values(), lr=1e-5)
+        for _ in range(3):
+            lm.head(lm.hidden([ROWS[0]])[0]).square().sum().backward()
+            optimizer.step()
+        blocks = {name: p for name, p in lm.model.named_parameters() if ".layers." in name}
+        moved = sum(int((p != before[name]).sum()) for name, p in blocks.items())
+        assert moved > 0.95 * sum(p.numel() for p in blocks.values())
+    for name, parameter in lm.model.named_parameters():
+        assert parameter.dtype == before[name].dtype and not parameter.requires_grad
+        assert torch.equal(parameter, before[name]), name
+
+
 def test_a_head_that_is_not_understood_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LM, "head", lambda self, hidden: self.model.lm_head(hidden) * 2)
     with pytest.raises(ModelError, match="output head"):

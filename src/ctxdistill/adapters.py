@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from peft import CartridgeConfig, LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import transpose
 from safetensors import SafetensorError, safe_open
 
 from ctxdistill import files
@@ -126,7 +128,8 @@ def scale(model: Any, value: float) -> None:
         if name in layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[name]
             with torch.no_grad():
-                base = torch.linalg.norm(layer.get_base_layer().weight, dim=1)  # [out]
+                weight = dequantize_module_weight(layer.get_base_layer())
+                base = torch.linalg.norm(transpose(weight, layer.fan_in_fan_out), dim=1)  # [out]
                 magnitude.weight.copy_(base + value * (magnitude.weight - base))
 
 

@@ -129,7 +129,7 @@ class Study(Section):
     finetune: TrainSection = TrainSection(epochs=20, lr=5e-4, batch_size=8, validation=0.0, checkpoint_every=0)
     """Training of the arms with true labels."""
     full_lr: AboveZero = 1e-5
-    """Learning rate where all weights are trained."""
+    """Learning rate where all weights are trained, which is in float32, whatever type they have else."""
     label_weight: Fraction = 1.0
     """Weight of the label words in what a teacher teaches: with 1 they share all probability of the target, with 0 it is the
     teacher's distribution over the whole vocabulary, most of whose divergence is form and not which label it is."""
