@@ -69,7 +69,9 @@ def test_strength_multiplies_the_update(student: LM, value: float) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2's weights are [in, out]
 @pytest.mark.parametrize("value", [0.25, 1.5])
-def test_strength_moves_doras_magnitudes_from_those_of_the_base(architecture: str, value: float, tmp_path: Path) -> None:
+def test_strength_moves_doras_magnitudes_from_those_of_the_base(
+    architecture: str, value: float, tmp_path: Path
+) -> None:
     """Against weights made by the formula: each output's magnitude times its direction."""
     lm = LM.load(ModelSection(name=str(tiny.save(tmp_path, architecture))))
     lm.add_adapter(LoraSection(rank=4, method="dora"), 0)

@@ -88,6 +88,11 @@ def test_label_tasks_are_measured_by_label(job: Path) -> None:
     assert {s["prediction"] for arm in scores.values() for s in arm} <= {"ANT", "BEE"}
     result = tables(scores, {}, recipe.eval, 0)
     assert result["main_metric"] == "label_accuracy" and "macro_f1" in result["table"]["zero_shot"]
+    asked = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"metrics": ["macro_f1"]})})
+    scores = {"zero_shot": score_arm("zero_shot", lm, prompter, pairs, targets, asked)}
+    assert (
+        tables(scores, {}, asked.eval, 0)["table"]["zero_shot"]["macro_f1"] == result["table"]["zero_shot"]["macro_f1"]
+    )
     assert result["constant"] == {
         "prediction": result["constant"]["prediction"],
         "metric": "label_accuracy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,28 @@ def test_a_share_of_each_round_is_the_students(job: Path) -> None:
     batches = [source(step) for step in range(8)]
     theirs = {e.target.key for e in examples}
     given = [sum(e.target.key in theirs for e in batch) for batch in batches]
-    assert [sum(given[:3]), sum(given[3:6]), sum(given[6:])] == [6, 5, 3]  # rounds of 12, 9 and 5 places; 26 in all
-    assert [line["student_rows"] for line in rounds(RunDir(job / "run"))] == [6, 4, 2]
+    own = [line["student_rows"] for line in rounds(RunDir(job / "run"))]
+    assert own[0] == 6 and own[1] in (4, 5) and own[2] in (2, 3)  # of rounds of 12, 9 and 5 places; 26 in all
+    assert [sum(given[:3]), sum(given[3:6]), sum(given[6:])] == [12 - own[0], 9 - own[1], 5 - own[2]]
 
 
 def test_what_is_drawn_depends_on_seed_and_round_alone() -> None:
     assert chosen(40, 3, 0.5, 1) == chosen(40, 3, 0.5, 1) != chosen(40, 4, 0.5, 1) != chosen(40, 4, 0.5, 2)
     assert len(chosen(40, 0, 0.3, 0)) == 12 and chosen(40, 0, 0.0, 0) == [] and chosen(3, 0, 1.0, 0) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("n", "part"), [(1, 0.5), (4, 0.1), (5, 0.5), (1, 0.9)])
+def test_the_share_is_right_over_many_small_rounds(n: int, part: float) -> None:
+    drawn = [len(chosen(n, number, part, 0)) for number in range(2000)]
+    assert set(drawn) == {math.floor(n * part), math.ceil(n * part)}
+    assert sum(drawn) / (2000 * n) == pytest.approx(part, abs=0.03)
+
+
+def test_a_ramp_on_which_no_round_comes_is_refused(job: Path) -> None:
+    ready = ready_for(job, on_policy_ramp=0.5, epochs=1, round_steps=0)
+    recipe, lm, prompter, data = ready
+    with pytest.raises(RecipeError, match=r"one round of .* steps"):
+        Rounds(lm, prompter, data.pairs["train"], examples_of(ready, job / "t"), recipe, RunDir(job / "run"))
 
 
 def test_the_ramp() -> None:
@@ -286,10 +302,11 @@ def test_repetition() -> None:
 def test_a_run_reports_its_rounds(job: Path) -> None:
     raw = tiny.recipe_dict(job, train={**TRAIN, "on_policy_ramp": 0.6})
     run = pipeline.distill(Recipe.from_dict(raw, base_dir=job), job / "run")
-    assert [x["student_rows"] for x in rounds(RunDir(job / "run"))] == [0, 3, 2]
-    assert run.evaluation["training"]["student_completions"] == 5
+    own = [x["student_rows"] for x in rounds(RunDir(job / "run"))]
+    assert own[0] == 0 and own[1] in (3, 4) and own[2] in (2, 3)
+    assert run.evaluation["training"]["student_completions"] == sum(own)
     page, text = ((job / "run" / name).read_text() for name in ("report.html", "report.md"))
-    assert "On-policy rounds" in page and "<td>3 of 9</td>" in page
+    assert "On-policy rounds" in page and f"<td>{own[1]} of 9</td>" in page
     assert "| 1 | 1 | 0 of 12 | – |" in text
     off = {**TRAIN, "on_policy": 0.0, "round_steps": 0}
     plain = pipeline.distill(Recipe.from_dict(tiny.recipe_dict(job, train=off), base_dir=job), job / "off")

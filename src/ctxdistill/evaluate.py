@@ -57,7 +57,8 @@ def field_accuracy(pattern: re.Pattern[str], prediction: str, answer: str) -> fl
 
 
 def metrics_of(recipe: Recipe, pairs: Sequence[Pair]) -> dict[str, Metric]:
-    """The row metrics that the recipe names, or all that its data allows. `macro_f1` is made from the predictions later.
+    """The row metrics that the recipe names, or all that its data allows. `macro_f1` is made from the predictions later,
+    where there is label accuracy.
 
     Raises: `RecipeError` for a metric that lacks what it needs.
     """
@@ -93,7 +94,9 @@ def metrics_of(recipe: Recipe, pairs: Sequence[Pair]) -> dict[str, Metric]:
             chosen[name] = load_function(name, recipe)
         elif name in available:
             chosen[name] = available[name]
-        elif name != "macro_f1" or not recipe.prompt.label_words or not answers:
+        elif name == "macro_f1" and "label_accuracy" in available:
+            chosen["label_accuracy"] = available["label_accuracy"]
+        else:
             needs = {
                 "format": "eval.format", "field_accuracy": "eval.format with named groups, and reference answers",
                 "exact_match": "reference answers (column eval.answer) and no prompt.label_words",

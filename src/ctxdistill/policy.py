@@ -28,7 +28,7 @@ import torch
 
 from ctxdistill import processes
 from ctxdistill.caches import Prefix
-from ctxdistill.errors import RunError, TrainError
+from ctxdistill.errors import RecipeError, RunError, TrainError
 from ctxdistill.lm import LM
 from ctxdistill.objective import Example, Stats, batch_loss
 from ctxdistill.prompts import Pair, Prompter
@@ -66,7 +66,10 @@ class Habits:
 
 
 class Rounds:
-    """The examples of each step, round by round. Call it with a step, from 0, in rising order."""
+    """The examples of each step, round by round. Call it with a step, from 0, in rising order.
+
+    Raises (at construction): `RecipeError` where all steps are in one round and a ramp begins at nothing.
+    """
 
     def __init__(
         self,
@@ -87,6 +90,13 @@ class Rounds:
         self.per_epoch = math.ceil(len(examples) / self.section.batch_size)
         self.steps = self.per_epoch * self.section.epochs
         self.length = self.section.round_steps or self.per_epoch
+        if self.section.on_policy and self.section.on_policy_ramp and self.steps <= self.length:
+            raise RecipeError(
+                "the student would write nothing: train.on_policy_ramp begins at 0, and each round is as its first step",
+                expected="more than one round in the training",
+                found=f"one round of {self.length} steps (train.round_steps; 0 is an epoch), and {self.steps} in all",
+                fix="more epochs, a smaller train.round_steps, or train.on_policy_ramp = 0",
+            )
         self.teacher = habits(Lazy.over(examples, lambda e: e.target.ids), prompter)
         self.number = -1
         self.batches: dict[int, list[Example]] = {}
@@ -218,9 +228,11 @@ def share(step: int, steps: int, section: TrainSection) -> float:
 
 
 def chosen(n: int, number: int, share: float, seed: int) -> list[int]:
-    """Which of the `n` places of a round get a completion of the student's, in their order: a share of them, drawn."""
+    """Which of the `n` places of a round get a completion of the student's, in their order: a share of them, drawn; where it
+    is no whole number of places, one more or less, so that it is right over many rounds."""
     generator = torch.Generator().manual_seed(int(fingerprint(["places", seed, number])[:15], 16))
-    return sorted(torch.randperm(n, generator=generator)[: round(share * n)].tolist())
+    places = torch.randperm(n, generator=generator)
+    return sorted(places[: int(share * n + torch.rand((), generator=generator).item())].tolist())
 
 
 def habits(completions: Sequence[tuple[int, ...]], prompter: Prompter) -> Habits:
