@@ -237,13 +237,14 @@ def test_an_arm_that_saves_nothing_never_pays_off(tmp_path: Path) -> None:
 def test_scores_that_are_means_over_contexts(tmp_path: Path) -> None:
     def shares(value: Any) -> Any:
         if "correct" in value:
-            value["correct"] = (value["correct"] + 3) / 4
+            value |= {"correct": (value["correct"] + 3) / 4, "prediction": None}
         return value
 
     found = analyse(build_study(tmp_path / "s", demos=(4,), rows=30, tasks=TASKS[:1], change=shares))
     row = found["comparisons"][0]
     assert row["p_mcnemar"] == [None] * 4
     assert 0 <= row["p"] <= 1
+    assert {line["macro_f1"] for line in found["table"] if line["arm"] != "constant"} == {None}
 
 
 # -- claims and limits ------------------------------------------------------------------------------------------------

@@ -249,6 +249,7 @@ def test_judging_one_and_many_contexts(bench: Bench) -> None:
     assert [s["correct"] for s in mean] == [
         sum(x) / 3 for x in zip(*[[s["correct"] for s in a] for a in single], strict=True)
     ]
+    assert {s["prediction"] for s in mean} == {None}  # the contexts do not agree
     for i, score in enumerate(judge(bench, rows, readings, bench.lm)):
         average = sum(r.scores.logprobs[i].exp() for r in readings)
         assert score["prediction"] == list(WORDS)[int(average.argmax())]

@@ -96,7 +96,8 @@ class Scores:
 
     rows: tuple[str, ...]
     labels: tuple[str, ...]
-    predictions: tuple[str, ...]
+    predictions: tuple[str, ...] | None
+    """None for an arm that is a mean over several contexts."""
     correct: NDArray[np.float64]  # [N], 0 or 1, or a share for an arm that is a mean over several contexts
     exact: NDArray[np.float64] | None  # [N], or None where there is no text to compare (a classification head)
 
@@ -239,11 +240,11 @@ class Study:
 
 def _scores(lines: Sequence[Mapping[str, Any]], main: str) -> Scores:
     """`main`: what counts as right, `correct` or `exact` (which a classification head has not)."""
-    exact = [line.get("exact") for line in lines]
+    exact, predictions = ([line.get(key) for line in lines] for key in ("exact", "prediction"))
     return Scores(
         tuple(str(line["row"]) for line in lines),
         tuple(str(line["label"]) for line in lines),
-        tuple(str(line["prediction"]) for line in lines),
+        None if None in predictions else tuple(map(str, predictions)),
         np.array([line["correct"] if None in exact else line[main] for line in lines], dtype=np.float64),
         None if None in exact else np.array(exact, dtype=np.float64),
     )
@@ -264,6 +265,7 @@ def _table(study: Study) -> list[Data]:
             estimate = crossed_mean([s.correct for s in scores], resamples=RESAMPLES, seed=SEED)
             means = [float(s.correct.mean()) for s in scores]
             exact = [float(s.exact.mean()) for s in scores if s.exact is not None]
+            f1 = [macro_f1(s.labels, s.predictions) for s in scores if s.predictions is not None]
             of_teacher = [
                 cell["teacher"]["accuracy"] for cell in study.cells.get((model, task, n, arm), {}).values()
                 if (cell.get("teacher") or {}).get("accuracy") is not None
@@ -275,7 +277,7 @@ def _table(study: Study) -> list[Data]:
                     **{"mean": estimate.mean, "low": estimate.low, "high": estimate.high},
                     "sd": float(np.std(means, ddof=1)) if len(means) > 1 else None,
                     "exact": float(np.mean(exact)) if exact else None,
-                    "macro_f1": float(np.mean([macro_f1(s.labels, s.predictions) for s in scores])),
+                    "macro_f1": float(np.mean(f1)) if f1 else None,
                     **{"sets": len(parts), "rows": estimate.n, "per_set": means},
                     "teacher": float(np.mean(of_teacher)) if of_teacher else None,
                 }

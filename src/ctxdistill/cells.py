@@ -211,14 +211,15 @@ def examples(bench: Bench, arm: Arm) -> tuple[list[Example], Prompter, float | N
 
 
 def judge(bench: Bench, rows: Sequence[Row], readings: Sequence[Reading], lm: LM, *, each: bool = False) -> list[Score]:
-    """Scores of N rows from the mixture of all readings; with `each`, the mean over readings of their scores."""
+    """Scores of N rows from the mixture of all readings; with `each`, the mean over readings of their scores, which have no
+    one prediction."""
     if each and len(readings) > 1:
         single = [judge(bench, rows, [reading], lm) for reading in readings]
         means = [
             {key: float(np.mean([score[key] for score in same])) for key in ("correct", "exact")}
             for same in zip(*single, strict=True)
         ]
-        return [{**first, **mean} for first, mean in zip(single[0], means, strict=True)]
+        return [{**first, **mean, "prediction": None} for first, mean in zip(single[0], means, strict=True)]
     words = bench.pattern.words
     names, labels = list(words), [readings[0].prompter.labels[word] for word in words.values()]
     predicted = average([r.answers for r in readings]).argmax(1).tolist()
