@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OPTConfig
 
 import tiny
 from ctxdistill.decoding import Fixed
@@ -220,10 +220,26 @@ def test_a_fresh_adapter_is_a_no_op_inside_the_blocks_only(lm: LM) -> None:
         lm.peft = None
 
 
-def test_dropout_of_the_base_is_off_in_train_mode(tmp_path: Path) -> None:
-    lm = LM.load(ModelSection(name=str(tiny.save(tmp_path, "opt-125m"))))
+@pytest.mark.parametrize("noisy", ["opt-125m", "mixtral"])
+def test_noise_of_the_base_is_off_in_train_mode(noisy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.1}
+    monkeypatch.setitem(tiny.CONFIGS, "mixtral", lambda: MixtralConfig(**tiny.llama, **experts))
+    lm = LM.load(ModelSection(name=str(tiny.save(tmp_path, noisy))))
     lm.model.train()
     assert torch.equal(lm.hidden(ROWS)[0], lm.hidden(ROWS)[0])
+
+
+@torch.no_grad()
+def test_positions_that_change_with_the_rows_beside_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scaling = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 20}
+    scaling |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
+    monkeypatch.setitem(tiny.CONFIGS, "longrope", lambda: LlamaConfig(**tiny.llama, rope_parameters=scaling))
+    lm = LM.load(ModelSection(name=str(tiny.save(tmp_path, "longrope"))))
+    short, long = (list(range(5, 20)), 3), (list(range(5, 40)), 3)
+    alone = lm.hidden([short])[0]
+    assert not lm.notes
+    assert not torch.allclose(lm.hidden([short, long])[0], alone, atol=1e-3)
+    assert "LongRoPE" in lm.notes[0] and "20 tokens" in lm.notes[0]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

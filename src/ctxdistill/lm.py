@@ -107,7 +107,11 @@ class LM:
             if weights and not section.trust_remote_code:
                 check_size(config, sorted(Path(source).glob("*.safetensors")), section.name)
             for name, value in config.to_dict().items():
-                kind = "dropout" in name or name.endswith("_pdrop") or name == "layerdrop"
+                kind = (
+                    name == "layerdrop"
+                    or name.endswith("_pdrop")
+                    or any(word in name for word in ("dropout", "jitter"))
+                )
                 if kind and isinstance(value, float) and not dropout:
                     setattr(config, name, 0.0)  # a frozen model has no noise; then train mode changes nothing either
             if section.attention != "auto":
@@ -269,6 +273,14 @@ class LM:
         except (CannotPackError, AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError):
             return False
 
+    @functools.cached_property
+    def _turn(self) -> int:
+        """Tokens from which on a model with LongRoPE takes other positions, for all rows of a batch; 0 for others."""
+        config = self.model.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        turns = rope.get("rope_type") == "longrope"
+        return int(rope.get("original_max_position_embeddings") or config.max_position_embeddings) if turns else 0
+
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
@@ -283,6 +295,11 @@ class LM:
 
         Returns: one [T, d] tensor per row; entry t predicts completion token t.
         """
+        if self._turn and max(len(ids) for ids, _ in rows) > self._turn:
+            self._note(
+                f"{self.info['architecture']} has LongRoPE: all positions are other ones as soon as one row is longer than "
+                f"{self._turn} tokens; what is read in batches, or behind a shared context, then differs a little from rows alone"
+            )
         before = len(prefix.ids) if prefix else 0
         many = len(rows) > 1 and sum(len(ids) - before for ids, _ in rows) > AT_ONCE
         # processes that share the weights must come to as many passes
