@@ -22,6 +22,7 @@ from ctxdistill import cli, compose, export, pipeline, trust
 from ctxdistill.dataset import stored_recipe
 from ctxdistill.errors import CtxDistillError, ModelError, RecipeError, RunError, redact
 from ctxdistill.evaluate import load_function
+from ctxdistill.grid import Study
 from ctxdistill.playground import LARGEST, _Guard
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
@@ -123,6 +124,18 @@ def test_a_recipe_writes_below_its_folder(key: str, name: str, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)  # where the person works counts, too
     if name in ("../elsewhere", "link/x"):
         Recipe.from_dict({**raw, section: {last: name}}, base_dir=folder)
+
+
+@pytest.mark.parametrize("name", ["/tmp/x", "../x", "a/b", r"a\b", ".", ".."])
+def test_a_name_is_the_name_of_a_folder_in_runs(name: str, tmp_path: Path) -> None:
+    for cls, raw in (
+        (Recipe, tiny.recipe_dict(tmp_path)),
+        (Study, {"model": {"names": ["m"]}, "tasks": {"names": ["trec"]}}),
+    ):
+        with pytest.raises(RecipeError, match="name: "):
+            cls.from_dict({**raw, "name": name}, base_dir=tmp_path)
+        for good in ("x", "a name, 1.0", "..x", ""):
+            assert cls.from_dict({**raw, "name": good}, base_dir=tmp_path).name == good
 
 
 def test_a_stored_recipe_writes_below_its_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from ctxdistill.arms import ARMS, CONTROLS, Arm
 from ctxdistill.errors import RecipeError, several
 from ctxdistill.recipe import (
     AboveZero,
+    FolderName,
     Fraction,
     LoraSection,
     NotNegative,
@@ -119,8 +120,8 @@ class RetentionSection(Section):
 class Study(Section):
     """Everything that a study depends on."""
 
-    name: str = ""
-    """A name for the page. Empty: the file's name."""
+    name: FolderName = ""
+    """A name for the page and the folder in `runs/`: no path. Empty: the file's name."""
     model: ModelsSection
     tasks: TasksSection
     grid: GridSection = GridSection()

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ctxdistill import files
 from ctxdistill.errors import RecipeError, several
@@ -28,6 +28,17 @@ AboveZero = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 AtLeastZero = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
+
+
+def _no_path(name: str) -> str:
+    if name in (".", "..") or "/" in name or "\\" in name:
+        raise ValueError(
+            f"name: expected the name of a folder in runs/, found {name!r}; another folder is chosen with --out"
+        )
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_no_path)]
 
 
 class Section(BaseModel):
@@ -454,8 +465,8 @@ class CostSection(Section):
 class Recipe(Section):
     """Everything that a run depends on."""
 
-    name: str = ""
-    """A name for tables and the adapter card. Empty: the recipe's file name."""
+    name: FolderName = ""
+    """A name for tables, the adapter card and the run folder in `runs/`: no path. Empty: the recipe's file name."""
     model: ModelSection
     context: ContextSection = ContextSection()
     prompt: PromptSection = PromptSection()
