@@ -280,8 +280,9 @@ def test_a_head_that_is_not_understood_is_refused(llama: Path, monkeypatch: pyte
 def test_lora_outside_the_blocks_is_refused(llama: Path) -> None:
     with pytest.raises(ModelError, match="outside the blocks"):
         LM.load(ModelSection(name=str(llama))).add_adapter(LoraSection(targets=["q_proj", "lm_head"]), 0)
-    with pytest.raises(ModelError, match="matches no layer"):
-        LM.load(ModelSection(name=str(llama))).add_adapter(LoraSection(targets=["nonsense"]), 0)
+    for targets in (["nonsense"], ["q_proj", "v_prj"], ["proj"]):
+        with pytest.raises(ModelError, match="names no layer"):
+            LM.load(ModelSection(name=str(llama))).add_adapter(LoraSection(targets=targets), 0)
 
 
 @pytest.mark.parametrize(

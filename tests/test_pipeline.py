@@ -106,7 +106,7 @@ def test_evaluating_again_gives_the_same_numbers(run: pipeline.Run) -> None:
 def test_evaluating_other_rows_is_refused(job: Path) -> None:
     made = pipeline.distill(recipe(job), job / "run")
     tiny.write_jsonl(job / "eval.jsonl", [{"prompt": "please say elk", "answer": "ELK"}])
-    with pytest.raises(RunError, match="belongs to another recipe"):
+    with pytest.raises(RunError, match=r"(?s)belongs to another recipe.*found: rows.eval: 3 there, 1 here$|\n"):
         pipeline.evaluate(made.path)
 
 
@@ -193,12 +193,18 @@ def test_without_held_out_data_queries_are_split(job: Path) -> None:
     assert made.evaluation["kl_closed"] is not None
 
 
+def test_layers_that_are_not_there_cost_no_labelling(job: Path) -> None:
+    with pytest.raises(ModelError, match=r"(?s)names no layer.*found: q_prj"):
+        pipeline.distill(recipe(job, lora__targets=["q_prj"]), job / "run")
+    assert not (job / "run").exists()
+
+
 def test_a_folder_belongs_to_one_recipe(run: pipeline.Run) -> None:
     job = run.path.parent
     with pytest.raises(RunError, match="already holds a run"):
         pipeline.distill(recipe(job), run.path)
-    with pytest.raises(RunError, match="belongs to another recipe"):
-        pipeline.distill(recipe(job, train__seed=7), run.path, resume=True)
+    with pytest.raises(RunError, match=r"(?s)belongs to another recipe.*found: +train.seed: 0 there, 7 here\n"):
+        pipeline.distill(recipe(job, train__seed=7, cost__machine_hour=3.0), run.path, resume=True)
     (job / "mine").mkdir()
     (job / "mine/thesis.txt").write_text("x")
     with pytest.raises(RunError, match="not a run folder"):

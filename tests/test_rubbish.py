@@ -26,7 +26,7 @@ from ctxdistill import check, export, formats, report
 from ctxdistill import compare as comparing
 from ctxdistill import rows as data
 from ctxdistill.adapters import settings_of
-from ctxdistill.dataset import stored_recipe
+from ctxdistill.dataset import claim, stored_recipe
 from ctxdistill.errors import CtxDistillError
 from ctxdistill.grid import Study
 from ctxdistill.lm import LM
@@ -161,6 +161,12 @@ RECIPE_DICT = {
     "lora": {"rank": 4, "targets": ["q"]}, "train": {"lr": 1e-3, "epochs": 1},
     "eval": {"share": 0.1, "format": "(?P<a>.)", "metrics": ["macro_f1"]},
     "completions": {"extract": "(x)", "checker": "a:b"}, "synthesis": {"endpoint": "http://x/"},
+}  # fmt: skip
+
+
+MANIFEST: dict[str, Any] = {
+    "fingerprint": "x", "recipe": RECIPE_DICT, "context": {"sha256": ""}, "rows": {}, "model": {},
+    "versions": {"torch": "2", "transformers": "5"},
 }  # fmt: skip
 
 
@@ -299,7 +305,7 @@ def test_stored_recipes(raw: Any, tmp_path_factory: pytest.TempPathFactory) -> N
     ):
         (folder / "recipe.json").write_text(json.dumps(stored))
         survives(lambda: stored_recipe(RunDir.existing(folder)))
-        survives(lambda: RunDir(folder)._check_owner("x", resume=True))
+        survives(lambda: claim(RunDir(folder), MANIFEST, resume=True))
 
 
 @pytest.mark.parametrize("name", ["study_recipe.json", "cell.json", "scores.jsonl"])

@@ -29,6 +29,9 @@ from ctxdistill.spool import Lazy, joined
 from ctxdistill.trust import need_code, outside
 from ctxdistill.weights import load_tokenizer
 
+INDIFFERENT = {"name", "gate", "cost", "behaviour"}
+"""What changes no result may change between two attempts at one run, such as gate.on_fail after the gate said no."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -53,6 +56,8 @@ def prepare(
     splits, counts = read_rows(recipe, prompter, folder)
     pairs = {split: prompter.pairs(found, section) for split, (found, section) in splits.items()}
     lm = lm or LM.load(recipe.model, recipe.base_dir)
+    if lm.peft is None and recipe.lora.method != "cartridge":
+        lm.adapted_by(recipe.lora)  # what it cannot sit on should not cost the labelling first
     room = {"teacher": recipe.completions.max_new_tokens}
     room["label"] = max(map(len, prompter.labels.values()), default=0)
     own = recipe.completions.max_new_tokens if recipe.train.on_policy else 0  # what the student may write
@@ -179,8 +184,7 @@ def identity(prompter: Prompter, row: Row, section: DataSection) -> str:
 def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str, Any]:
     """`recipe.json`: what made this run. Its fingerprint covers everything that the result depends on."""
     values = recipe.to_dict()
-    # What changes no result may change between two attempts at one run, such as gate.on_fail after the gate said no.
-    decisive = {name: value for name, value in values.items() if name not in {"name", "gate", "cost", "behaviour"}}
+    decisive = {name: value for name, value in values.items() if name not in INDIFFERENT}
     # who labels matters, not how they are reached
     decisive.pop("teacher")
     if recipe.teacher.engine != "local":
@@ -221,6 +225,36 @@ def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str
         "student_prompt": prompter.student_prompt(),
         "loss": f"{recipe.train.loss} = {losses.LOSSES[recipe.train.loss].formula}",
     }
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What keeps the fingerprints of two manifests apart, for people: `train.epochs: 2 there, 3 here`. Looks at what a person
+    can change first."""
+    found: list[str] = []
+
+    def compare(old: Any, new: Any, name: str) -> None:
+        if isinstance(old, dict) and isinstance(new, dict):
+            for key in {**old, **new}:
+                compare(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        elif old != new:
+            found.append(f"{name}: {old!s:.60} there, {new!s:.60} here")
+
+    old, new = ({k: v for k, v in m["recipe"].items() if k not in INDIFFERENT} for m in (there, here))
+    compare(old, new, "")
+    if there["context"]["sha256"] != here["context"]["sha256"] and not found:
+        found.append("the text of the context")
+    compare(there["rows"] | {"sha256": ""}, here["rows"] | {"sha256": ""}, "rows")
+    compare(there["model"], here["model"], "the model's")
+    for library in ("torch", "transformers"):
+        compare(there["versions"][library], here["versions"][library], library)
+    return (
+        "; ".join(found[:4]) + (f"; {len(found) - 4} more" if len(found) > 4 else "") or "other texts in as many rows"
+    )
+
+
+def claim(run: RunDir, manifest: dict[str, Any], *, resume: bool) -> None:
+    """Make the run folder this process's, for what the manifest describes. Raises: see `RunDir.claim`."""
+    run.claim(manifest["fingerprint"], resume=resume, differs=lambda stored: differences(stored, manifest))
 
 
 def explicit(section: Any, prefix: str = "") -> list[str]:

@@ -510,9 +510,8 @@ class LM:
         if lora.method == "cartridge":
             self._add_cartridge(lora, seed, start)
             return
-        inside, leaves = linear_layers(self.model)
-        targets = sorted(leaves) if lora.targets == "all-linear" else list(lora.targets)
-        conv = any(isinstance(self.model.get_submodule(name), Conv1D) for name in inside)
+        targets = self.adapted_by(lora)
+        conv = any(isinstance(module, Conv1D) for module in self.model.modules())
         torch.manual_seed(seed)
         config = LoraConfig(
             r=lora.rank,
@@ -525,24 +524,38 @@ class LM:
             use_rslora=lora.method == "rslora",
             revision=self.info["revision"],
         )
-        try:
-            with quiet_peft():
-                self.peft = get_peft_model(self.model, config)
-        except ValueError:
+        with quiet_peft():
+            self.peft = get_peft_model(self.model, config)
+        fuse(self.model)
+
+    def adapted_by(self, lora: LoraSection) -> list[str]:
+        """Last name parts of the layers that an adapter will sit on, as peft takes them.
+
+        Raises: `ModelError` for one of `lora.targets` that names no layer, or one that is not a linear layer of the blocks.
+        """
+        inside, leaves = linear_layers(self.model)
+        if lora.targets == "all-linear":
+            return sorted(leaves)
+        named = {
+            target: [name for name, _ in self.model.named_modules() if f".{name}".endswith(f".{target}")]
+            for target in lora.targets
+        }
+        linear = f"linear layers of the blocks: {', '.join(sorted(leaves))}"
+        if unknown := [target for target, names in named.items() if not names]:
             raise ModelError(
-                f"lora.targets {lora.targets} matches no layer of {self.info['architecture']}",
-                expected=f"some of {', '.join(sorted(leaves))}",
+                f"lora.targets names no layer of {self.info['architecture']}",
+                expected=linear,
+                found=", ".join(unknown),
                 fix='name existing layers, or use "all-linear"',
-            ) from None
-        adapted = {name.split(".lora_A")[0] for name, _ in self.model.named_modules() if name.endswith(".lora_A")}
-        if outside := sorted(adapted - set(inside)):
+            )
+        if outside := sorted({name for names in named.values() for name in names} - set(inside)):
             raise ModelError(
                 "lora.targets reaches outside the blocks",
-                expected=f"linear layers of the blocks: {', '.join(sorted(leaves))}",
+                expected=linear,
                 found=", ".join(outside[:5]),
                 fix="serving stacks refuse adapters on head or embeddings; name the block's layers only",
             )
-        fuse(self.model)
+        return list(lora.targets)
 
     def load_adapter(self, folder: Path, name: str = "default") -> None:
         """Put a trained adapter on, under a `name`. Raises `ModelError` when it was made for another base."""

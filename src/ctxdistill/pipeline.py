@@ -31,7 +31,7 @@ from ctxdistill.behaviour import Check, base_targets, behaviour, unrelated
 from ctxdistill.cluster import label_spread
 from ctxdistill.compose import compose
 from ctxdistill.crosstalk import groups_of, matrix
-from ctxdistill.dataset import Data, describe, prepare, read_rows, stored_recipe, synthesize
+from ctxdistill.dataset import Data, claim, describe, prepare, read_rows, stored_recipe, synthesize
 from ctxdistill.errors import DataError, GateError, ModelError, RecipeError, RunError
 from ctxdistill.lm import LM, common_prefix
 from ctxdistill.objective import Example
@@ -125,7 +125,7 @@ def label_rows(
     run = RunDir(out or Path("runs") / (recipe.name or "run"))
     lm, prompter, rows = prepare(recipe, run.path, progress)
     manifest = describe(recipe, lm, prompter, rows)
-    run.claim(manifest["fingerprint"], resume=True)
+    claim(run, manifest, resume=True)
     try:
         run.write_json("recipe.json", manifest)
         store = TargetStore.of(recipe, run.path)
@@ -193,7 +193,7 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
         spent_before = dict(old["cost"]["seconds"]), int(old["cost"]["training_tokens"])
     lm, prompter, rows = prepare(recipe, folder.path)
     # the same model, context and rows as then, or the tables would mix two things
-    folder.claim(describe(recipe, lm, prompter, rows)["fingerprint"], resume=True)
+    claim(folder, describe(recipe, lm, prompter, rows), resume=True)
     try:
         lm.load_adapter(folder / "adapter")
         store = TargetStore.of(recipe, folder.path)
@@ -286,7 +286,7 @@ class Taught:
 def take(run: RunDir, manifest: dict[str, Any], resume: bool) -> None:
     """Make the run folder that of the first process; the others see whether it is there for them, too."""
     if processes.leads():
-        run.claim(manifest["fingerprint"], resume=resume)
+        claim(run, manifest, resume=resume)
         run.write_json("recipe.json", manifest)
     else:
         run.join(manifest["fingerprint"])

@@ -97,8 +97,9 @@ class RunDir:
             raise RunError(f"{path} {what}", expected="a folder written by `ctxdistill distill` or `ctxdistill demo`")
         return run
 
-    def claim(self, identity: str, *, resume: bool) -> None:
-        """Make the folder this process's, for the recipe with this fingerprint.
+    def claim(self, identity: str, *, resume: bool, differs: Callable[[Any], str] = str) -> None:
+        """Make the folder this process's, for the recipe with this fingerprint. `differs` says how the manifest of another
+        recipe differs from this one.
 
         Raises: `RunError` when another process holds it, it belongs to another recipe, it holds a run and `resume` is
         off, or it holds files that are not a run's.
@@ -106,7 +107,7 @@ class RunDir:
         if self._lock is None:
             self.lock()
         try:
-            self._check_owner(identity, resume)
+            self._check_owner(identity, resume, differs)
         except RunError:
             self.release()
             raise
@@ -156,7 +157,7 @@ class RunDir:
                     fix="put the files themselves there, or link the whole folder",
                 )
 
-    def _check_owner(self, identity: str, resume: bool) -> None:
+    def _check_owner(self, identity: str, resume: bool, differs: Callable[[Any], str]) -> None:
         if not (self / "recipe.json").is_file():
             strangers = [
                 p.name
@@ -172,13 +173,14 @@ class RunDir:
                 )
             return
         with reading(self.path):
-            stored = self.read_json("recipe.json")["fingerprint"]
-        if stored != identity:
+            stored = self.read_json("recipe.json")
+            found = "" if stored["fingerprint"] == identity else differs(stored)
+        if found:
             raise RunError(
                 f"{self.path} belongs to another recipe",
-                expected=f"recipe fingerprint {identity}",
-                found=f"{stored}",
-                fix="choose another folder with --out, or run with the recipe and data that this folder was made with",
+                expected="the same values, context, rows, model and versions",
+                found=found,
+                fix="choose another folder with --out, delete this one, or run with what it was made with",
             )
         begun = any((self / name).exists() for name in ("checkpoints", "adapter"))
         if begun and not resume:
