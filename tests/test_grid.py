@@ -93,6 +93,8 @@ def test_a_table_changes_single_values_of_the_default() -> None:
         ({"tasks": {"names": ["trec"]}, "grid": {"arms": ["cd_one+irrelevant_context"]}}, "name two tasks or more"),
         ({"grid": {"arms": ["cd_many_calibrated"], "contexts": 1}}, "expected 2 or more, found 1"),
         ({"arms": {"x": {"like": "cd_one", "calibration": "demonstrations"}}, "grid": {"arms": ["x"]}}, 'must be "many"'),
+        ({"arms": {"x": {"like": "zero_shot", "calibration": "queries"}}, "grid": {"arms": ["x"]}}, 'is "content_free"'),
+        ({"arms": {"x": {"like": "zero_shot", "calibration": "demonstrations"}}, "grid": {"arms": ["x"]}}, 'is "content_free"'),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(sections: dict[str, Any], said: str) -> None:

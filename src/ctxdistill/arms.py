@@ -79,6 +79,11 @@ class Arm(Section):
             )
         if self.calibration == "demonstrations" and self.context == "one":
             problems.append('calibration = "demonstrations" takes those of the other contexts: context must be "many"')
+        if self.trains == "nothing" and self.context == "none" and self.calibration in ("queries", "demonstrations"):
+            problems.append(
+                "without demonstrations and training there are no rows of the training set: the one calibration that needs "
+                'none is "content_free"'
+            )
         if self.trains == "head" and self.targets != "gold":
             problems.append('trains = "head" has classes and no vocabulary: targets must be "gold"')
         if self.teacher == "bigger" and (self.trains == "nothing" or self.targets == "gold"):
