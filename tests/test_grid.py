@@ -8,6 +8,7 @@ import pytest
 from ctxdistill.arms import ARMS, CONTROLS, Arm
 from ctxdistill.errors import RecipeError
 from ctxdistill.grid import Study, cell_key, model_label
+from ctxdistill.recipe import TrainSection
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,6 +102,26 @@ def test_what_is_wrong_is_said(sections: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError) as error:
         study(**sections)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("on_policy", 0.5), ("on_policy_ramp", 0.5), ("on_policy_temperature", 0.5), ("round_steps", 5),
+        ("retain_weight", 1.0), ("validation", 0.1), ("patience", 1), ("shard", True),
+    ],
+)  # fmt: skip
+def test_what_the_cells_do_not_use_is_refused(key: str, value: Any) -> None:
+    mine = {"x": {"like": "cd_one", "train": {key: value}}}
+    for sections, where in (
+        ({"train": {key: value}}, "train"),
+        ({"finetune": {key: value}}, "finetune"),
+        ({"arms": mine, "grid": {"arms": ["x", "x+shuffled_labels"]}}, "arms.x.train"),
+    ):
+        with pytest.raises(RecipeError, match=rf"1 problem\n  - {where}\.{key}: a study does not use it"):
+            study(**sections)
+    plain = TrainSection.model_fields[key].default if key != "validation" else 0.0
+    assert study(train={key: plain, "checkpoint_every": 5, "micro_batch": 2}).train.checkpoint_every == 5
 
 
 def test_arms_that_contradict_themselves() -> None:

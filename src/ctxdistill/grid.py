@@ -32,6 +32,11 @@ from ctxdistill.recipe import (
 from ctxdistill.rundir import fingerprint
 from ctxdistill.tasks import TASKS
 
+UNUSED = (
+    "on_policy", "on_policy_ramp", "on_policy_temperature", "round_steps", "retain_weight", "validation", "patience", "shard",
+)  # fmt: skip
+"""Keys of a recipe's `train` that a study does not use: its students learn from all their queries, the teacher's answers alone."""
+
 
 class ModelsSection(Section):
     """The models of the study."""
@@ -126,7 +131,8 @@ class Study(Section):
     tasks: TasksSection
     grid: GridSection = GridSection()
     train: TrainSection = TrainSection(epochs=4, lr=1e-3, batch_size=8, validation=0.0, checkpoint_every=0)
-    """Training of the distilled arms; keys as in a recipe's `train`."""
+    """Training of the distilled arms; keys as in a recipe's `train`, but for those of on-policy training, `retain_weight`,
+    `validation`, `patience` and `shard`, which a study does not use."""
     finetune: TrainSection = TrainSection(epochs=20, lr=5e-4, batch_size=8, validation=0.0, checkpoint_every=0)
     """Training of the arms with true labels."""
     full_lr: AboveZero = 1e-5
@@ -200,6 +206,15 @@ class Study(Section):
             problems.append(
                 "the control irrelevant_context takes the demonstrations of another task: name two tasks or more"
             )
+        given = {"train": self.train.model_dump(), "finetune": self.finetune.model_dump()}
+        given |= {f"arms.{name.partition('+')[0]}.train": arm.train for name, arm in arms.items()}
+        usual = Study.model_fields["train"].default.model_dump()
+        problems += [
+            f"{where}.{key}: a study does not use it; leave it out"
+            for where, values in given.items()
+            for key in UNUSED
+            if values.get(key, usual[key]) != usual[key]
+        ]
         if self.retention.programs and not self.retention.run_code:
             problems.append(
                 "retention.programs runs code that the model wrote; read in docs/howto-code.md what the sandbox protects from "
