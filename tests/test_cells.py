@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,16 @@ def test_prompts_are_what_the_pattern_says(bench: Bench) -> None:
     kept, _, _ = examples(bench, ARMS["cd_small_context"])
     shown = "".join(f"Q: {d.fields['text']}\nA: {WORDS[d.fields['label']]}\n\n" for d in ROWS[2:4])
     assert bench.lm.tokenizer.decode(kept[0].prompt) == f"Kind?\n\n{shown}Q: {ROWS[12].fields['text']}\nA:"
+
+
+def test_out_of_domain_the_query_alone_is_written_in_another_way(bench: Bench) -> None:
+    bench.pattern = dataclasses.replace(PATTERN, ood={"far": "Asked: {text}\nA:"})
+    query = ROWS[18]
+    (reading,) = bench.readings(ARMS["in_context"], [query], "far")
+    *context, asked = prompt_text(ROWS[:4], query).split("\n\n")
+    assert bench.lm.tokenizer.decode(reading.prompts[0]).split("\n\n") == [*context, asked.replace("Q:", "Asked:")]
+    (kept,) = bench.pairs(bench.student_prompter(ARMS["cd_small_context"], "far"), [query])
+    assert bench.lm.tokenizer.decode(kept.student).split("\n\n")[1:] == [*context[-2:], asked.replace("Q:", "Asked:")]
 
 
 @pytest.mark.parametrize("arm", ["cd_one", "cd_many"])

@@ -67,7 +67,7 @@ class Bench:
     # -- prompts ------------------------------------------------------------------------------------------------------
 
     def prompter(self, context: Context, *, student_demos: int = 0, where: str = "", lm: LM | None = None) -> Prompter:
-        """Prompts with `context`, as the evaluation set `where` is written."""
+        """Prompts with `context`, whose demonstrations are in-domain rows, and queries as the set `where` is written."""
         raw = {
             "model": {"name": self.lm.info["name"]},
             "prompt": self.pattern.section(where).model_dump() | {"shared_first_token": "allow"},
@@ -75,7 +75,8 @@ class Bench:
             "queries": {"data": "queries.jsonl"},
             "completions": {"source": "label", "supervise_end": False},
         }
-        return Prompter(Recipe.from_dict(raw), (lm or self.lm).tokenizer, context)
+        tokenizer = (lm or self.lm).tokenizer
+        return Prompter(Recipe.from_dict(raw), tokenizer, context, demo_pattern=self.pattern.pattern)
 
     def student_prompter(self, arm: Arm, where: str = "") -> Prompter:
         """Prompts of the student: without a context, or with the last few demonstrations of the set."""

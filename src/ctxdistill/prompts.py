@@ -108,14 +108,18 @@ def _headed(title: str, text: str) -> str:
 
 
 class Prompter:
-    """Renders rows for one recipe and tokenizer, with the context that the recipe names or the one given.
+    """Renders rows for one recipe and tokenizer, with the context that the recipe names or the one given. Queries may be
+    written in another way than the demonstrations, which then have a `demo_pattern` of their own.
 
     Raises (at construction): `ModelError` when the chat style meets a tokenizer without chat template, `DataError` for
     label words that cannot be told apart.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Any, context: Context | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, tokenizer: Any, context: Context | None = None, *, demo_pattern: str | None = None
+    ) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
+        self.demo_pattern = demo_pattern or recipe.prompt.pattern
         self.context = Context.read(recipe, self.count) if context is None else context
         if recipe.prompt.style == "chat" and not tokenizer.chat_template:
             raise ModelError(
@@ -234,6 +238,9 @@ class Prompter:
     def demo_section(self) -> DataSection:
         """How the demonstrations' rows are read: by the names of the queries' columns, without their messages."""
         return self.recipe.queries.model_copy(update={"messages": None})
+
+    def _demo_query(self, row: Row) -> str:
+        return self.demo_pattern.format_map(data.values(row, self.demo_section))
 
     def _demo_answer(self, row: Row) -> str:
         return self.recipe.prompt.answer_pattern.format(answer=data.values(row, self.demo_section)["answer"])
@@ -385,7 +392,7 @@ class Prompter:
             message
             for row in demos
             for message in (
-                {"role": "user", "content": self.query_text(row, self.demo_section)},
+                {"role": "user", "content": self._demo_query(row)},
                 {"role": "assistant", "content": self._demo_answer(row).strip()},
             )
         ]
@@ -436,7 +443,7 @@ class Prompter:
         else:
             parts = [p.student_instruction] if p.student_instruction else []
             demos = self.kept_demos
-        parts += [self.query_text(d, self.demo_section) + self._demo_answer(d) for d in demos]
+        parts += [self._demo_query(d) + self._demo_answer(d) for d in demos]
         return "".join(part + p.separator for part in parts), self.query_text(row, section)
 
     def _plain(self, row: Row, column: str) -> str:

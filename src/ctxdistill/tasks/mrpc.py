@@ -25,7 +25,7 @@ def _source(split: str, *counts: int) -> Source:
 
 TASK = Task(
     name="mrpc",
-    version=1,
+    version=2,
     title="MRPC",
     labels=LABELS,
     train=_source("train", 1194, 2474),

@@ -26,7 +26,7 @@ HANS = fields("Premise", "Hypothesis")
 
 TASK = Task(
     name="rte",
-    version=1,
+    version=2,
     title="RTE",
     labels=LABELS,
     train=_source("RTE train", "rte_train.jsonl", "train", (1249, 1241)),

@@ -30,7 +30,7 @@ class Pattern:
 
     def section(self, on: str = "") -> PromptSection:
         """The recipe's `[prompt]` for the in-domain rows, or for those of the out-of-domain set `on`. Demonstrations
-        are always in-domain rows, so with `on` it is right for the query alone."""
+        are always in-domain rows, so with `on` it is right for the query alone: they have `pattern`."""
         return PromptSection(
             style="text",
             pattern=self.ood.get(on, self.pattern),
@@ -56,7 +56,7 @@ class Task:
 
     name: str
     version: int
-    """Goes up when rows, patterns or words change, so that results are not compared across."""
+    """Goes up when rows, prompts or words change, so that results are not compared across."""
     title: str
     labels: tuple[str, ...]
     """In the order of the data set's classes."""
