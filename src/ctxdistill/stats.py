@@ -9,9 +9,10 @@ an interval of width zero.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -23,6 +24,10 @@ Z95 = 1.959963984540054
 """97.5 % quantile of the normal distribution."""
 MIN_SETS = 3
 """With fewer demonstration sets than this, an interval is over rows only: two sets do not show how much sets differ."""
+REACH = 2**22
+"""Largest sum of differences, in steps, whose flips are counted: a table of 64 MB."""
+FLIPS = 20_000
+"""Flips that are drawn where they are not counted."""
 RESOLUTION = 1e-6
 """A KL per token below this, in nats, is rounding of fp32 logits."""
 
@@ -210,32 +215,45 @@ def crossed_closed(
 
 
 def sign_flip(differences: ArrayLike) -> float:
-    """Exact two-sided p-value of the sign-flip test on rows, for differences [S, N] of scores.
+    """Two-sided p-value of the sign-flip test on rows, for differences [S, N] of scores.
 
     If two arms are equally good on a row, its summed difference over the sets is as likely to have the other sign; all
     2^N flips are counted, by convolution, without drawing any. With one set of 0/1 scores this is `mcnemar`. The p-value
     speaks of rows like these, under these demonstration sets: whether it holds for others is what `crossed_difference`
     shows.
 
-    Raises: `ValueError` for no rows and for differences that are not multiples of 1/K with a K up to 64 (0/1 scores, or
-    their means over K contexts).
+    Scores are 0, 1 or means of these over several contexts, whose sums are whole multiples of a small step. Where they
+    are not, or the table of all sums would be longer than 2 `REACH`, the flips are drawn, as in `paired_p`.
+
+    Raises: `ValueError` for no rows and for values that are not finite.
     """
+    from scipy.signal import convolve
     from scipy.stats import binom
 
     summed = _finite_table(differences).sum(0)  # [N]
-    scale = next((k for k in range(1, 65) if np.abs(summed * k - np.rint(summed * k)).max() < 1e-6), None)
-    if scale is None:
-        raise ValueError(
-            "the sign-flip test needs differences of scores that are 0 or 1, or of means of a few of these"
-        )
-    steps = np.rint(summed * scale).astype(int)
-    chance = np.ones(1)  # of each total, from -reach to +reach
-    for size, count in Counter(np.abs(steps[steps != 0]).tolist()).items():
+    steps = _steps(summed)
+    if steps is None:
+        return paired_p(summed, np.zeros_like(summed), resamples=FLIPS, seed=0)
+    parts = deque([np.ones(1)])  # the chances of each total of some rows, from -reach to +reach
+    for size, count in sorted(Counter(np.abs(steps[steps != 0]).tolist()).items()):
         flips = np.zeros(2 * size * count + 1)  # totals -size * count, ... in steps of 2 * size
         flips[:: 2 * size] = binom.pmf(np.arange(count + 1), count, 0.5)
-        chance = np.convolve(chance, flips)
+        parts.append(flips)
+    while len(parts) > 1:  # pairs of about one length; long ones by FFT, with an error of about 1e-14
+        parts.append(convolve(parts.popleft(), parts.popleft()))
+    (chance,) = parts
     reach, total = len(chance) // 2, abs(int(steps.sum()))
-    return float(min(1.0, 2 * chance[reach + total :].sum())) if total else 1.0
+    return float(np.clip(2 * chance[reach + total :].sum(), 0.0, 1.0)) if total else 1.0
+
+
+def _steps(values: Array) -> NDArray[np.int64] | None:
+    """`values` [N] in units of the largest step of which all are whole multiples; None where that takes more than `REACH`."""
+    denominators = (Fraction(v).limit_denominator(10**6).denominator for v in np.unique(values).tolist())
+    scale = math.lcm(*denominators)
+    if scale > REACH or np.abs(values).sum() * scale > REACH:
+        return None
+    steps = np.rint(values * scale)
+    return steps.astype(np.int64) if np.abs(values * scale - steps).max() < 1e-6 else None
 
 
 def holm(p: Sequence[float]) -> list[float]:
