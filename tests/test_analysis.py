@@ -431,6 +431,38 @@ def test_cells_on_other_rows_are_refused(tmp_path: Path) -> None:
         analyse(folder)
 
 
+def test_arms_are_paired_only_on_the_same_rows(tmp_path: Path) -> None:
+    """The authors' way: each demonstration set has rows of its own; the arm without demonstrations has those of the first."""
+
+    def own_rows(value: Any) -> Any:
+        return value | {"study": {"eval": {"choose": "paper"}}} if "arms" in value else value
+
+    folder = build_study(tmp_path / "s", demos=(16,), tasks=TASKS[1:], change=own_rows)
+    for file in (folder / "cells").glob("*/scores.jsonl"):
+        number = next((part[3:] for part in file.parent.name.split("-") if part.startswith("set")), "0")
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in (line for line in lines if line["set"] == "cr"):  # all arms say "pos" to rows that differ
+            line["row"] += f"@{number}"
+            line["label"] = "pos" if (line["label"] == "pos") == (number == "0") else "neg"
+            line["correct"] = line["exact"] = float(line["label"] == "pos")
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = analyse(folder)
+    zero = only(found["comparisons"], a="cd_one", b="zero_shot", set="cr")
+    assert (zero["sets"], zero["difference"]) == (1, 0.0)
+    assert only(found["comparisons"], a="cd_one", b="zero_shot", set="sst2")["sets"] == 4
+    assert only(found["comparisons"], a="cd_one", b="in_context", set="cr")["sets"] == 4
+    constant = only(found["comparisons"], a="in_context", b="constant", set="cr")
+    x = scores(folder, "in_context", "sst2", "cr", 16, (0, 1, 2, 3))
+    labels = scores(folder, "in_context", "sst2", "cr", 16, (0, 1, 2, 3), "label")
+    best = np.array([max((row == "pos").mean(), (row == "neg").mean()) for row in labels])
+    assert constant["sets"] == 4 and constant["difference"] == pytest.approx(x.mean() - best.mean())
+    assert only(found["table"], arm="constant", set="cr")["per_set"] == pytest.approx(best.tolist())
+    (said,) = [line for line in found["limits"] if "rows of its own" in line]
+    assert said.startswith("SST-2 → cr: ")
+    alone = build_study(tmp_path / "plain", demos=(16,), tasks=TASKS[1:])
+    assert not [line for line in analyse(alone)["limits"] if "rows of its own" in line]
+
+
 def test_no_study_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"study_recipe\.json") as caught:
         analyse(tmp_path / "nothing")

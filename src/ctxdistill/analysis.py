@@ -79,7 +79,7 @@ def analyse(folder: str | Path, paper_csv: str | Path | None = None) -> Data:
         "formats": _formats(study),
         "taught": taught,
         "claims": claims.verdicts(comparisons, costs, taught, words),
-        "limits": claims.limits(table, taught, words),
+        "limits": claims.limits(table, taught, words, study.drawn_anew),
         "missing": study.missing,
         "paper": _paper(Path(paper_csv)) if paper_csv else None,
     }
@@ -164,7 +164,10 @@ class Study:
 
     def _add_constants(self) -> None:
         given = {t["name"]: t.get("constant") or {} for t in self.recipe["tasks"]}
+        own = {(task, name) for task, name, which in self.reference if which is not None}
         for (task, name, which), rows in self.reference.items():
+            if which is None and (task, name) in own:
+                continue  # those of one of the demonstration sets
             said = (given.get(task, {}).get(name) or {}).get("prediction")
             answer = said if said is not None else constant_baseline(rows.labels)[0]
             right = np.array([label == answer for label in rows.labels], dtype=np.float64)
@@ -221,21 +224,32 @@ class Study:
     def matched(
         self, model: str, task: str, n: int, name: str, *arms: str
     ) -> tuple[list[int], list[NDArray[np.float64]]] | None:
-        """Demonstration sets that all arms have, and each arm's scores [S, N], or [1, N] without demonstrations.
+        """Demonstration sets that all arms have, on the same rows, and each arm's scores [S, N]; an arm without
+        demonstrations has the same ones for all sets that were measured on its rows.
 
         None when an arm was not measured or they have no demonstration set in common.
         """
         found = [
-            {s: by[name].correct for s, by in self.scores.get(self.key(model, task, n, arm), {}).items() if name in by}
+            {s: by[name] for s, by in self.scores.get(self.key(model, task, n, arm), {}).items() if name in by}
             for arm in arms
         ]
         if not all(found):
             return None
         with_sets = [set(by) for by in found if None not in by]
         sets = sorted(s for s in set.intersection(*with_sets) if s is not None) if with_sets else []
-        if with_sets and not sets:
+        pairs = {s: [by[s] if s in by else by[None] for by in found] for s in sets}
+        pairs = {s: scores for s, scores in pairs.items() if len({one.rows for one in scores}) == 1}
+        if not pairs:
             return None
-        return sets, [np.stack([by[None]] if None in by else [by[s] for s in sets]) for by in found]
+        return list(pairs), [np.stack([one.correct for one in same]) for same in zip(*pairs.values(), strict=True)]
+
+    @property
+    def drawn_anew(self) -> list[tuple[str, str]]:
+        """Tasks and names of rows that are other ones for another demonstration set."""
+        rows: dict[tuple[str, str], set[tuple[str, ...]]] = {}
+        for (task, name, _), scores in self.reference.items():
+            rows.setdefault((task, name), set()).add(scores.rows)
+        return [where for where, different in rows.items() if len(different) > 1]
 
 
 def _scores(lines: Sequence[Mapping[str, Any]], main: str) -> Scores:
@@ -302,9 +316,9 @@ def _comparisons(study: Study) -> list[Data]:
             for n in study.recipe["demos"]:
                 for a, b in _pairs(study):
                     matched = study.matched(model, task, n, name, a, b)
-                    if not matched or not matched[0]:
+                    if not matched:
                         continue
-                    x, y = np.broadcast_arrays(*matched[1])  # [S, N]
+                    x, y = matched[1]  # [S, N]
                     difference = crossed_difference(x, y, resamples=RESAMPLES, seed=SEED)
                     rows.append(
                         {
@@ -356,7 +370,7 @@ def _gap_closed(study: Study) -> list[Data]:
                     if arm in ("in_context", "zero_shot"):
                         continue
                     matched = study.matched(model, task, n, name, arm, "zero_shot", "in_context")
-                    if not matched or not matched[0]:
+                    if not matched:
                         continue
                     got = crossed_closed(*matched[1], resamples=RESAMPLES, seed=SEED)
                     where = {"model": model, "task": task, "n": n, "set": name, "domain": study.domain(task, name)}

@@ -116,8 +116,13 @@ def verdicts(
     ]  # fmt: skip
 
 
-def limits(table: Sequence[Mapping[str, Any]], where_taught: Sequence[Mapping[str, Any]], words: Words) -> list[str]:
-    """What must not be concluded, as sentences."""
+def limits(
+    table: Sequence[Mapping[str, Any]],
+    where_taught: Sequence[Mapping[str, Any]],
+    words: Words,
+    drawn_anew: Sequence[tuple[str, str]] = (),
+) -> list[str]:
+    """What must not be concluded, as sentences. `drawn_anew`: tasks and sets whose rows differ between demonstration sets."""
     found = []
     sets = max((row["sets"] for row in table if row["n"]), default=0)
     some = f"{sets} demonstration set{'s' * (sets != 1)}"
@@ -142,6 +147,11 @@ def limits(table: Sequence[Mapping[str, Any]], where_taught: Sequence[Mapping[st
             f"{name} has {rows} evaluation rows, fewer than {MIN_ROWS}: an accuracy near one half is known to ± {half:.0f} "
             f"points at best, and that two arms match within {100 * MARGIN:.0f} points cannot be shown."
         )
+    found += [
+        f"{words.tasks.get(task, task)} → {name}: each demonstration set has rows of its own, so that an arm without "
+        "demonstrations is compared only with the sets that were measured on its rows."
+        for task, name in drawn_anew
+    ]
     found += [
         f"{words.where(cell)}: nothing to teach, so that it decides no claim ({cell['reason']})."
         for cell in where_taught
