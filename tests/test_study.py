@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import tiny
 from ctxdistill import cells as cells_module
@@ -161,6 +163,35 @@ def test_a_failed_cell_stops_no_other(folder: Path) -> None:
         and "finite" in found["opt-updown-n2-set0-cd_one"]["reason"]
     )
     assert found["opt-updown-n2-set0-ft_lora"]["status"] == "done"
+
+
+def test_a_cell_without_room_stops_no_other_and_leaves_the_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    plain = cells_module.train
+
+    def full(lm: Any, *given: Any, **options: Any) -> Any:
+        assert not held or held[0]() is None  # what the cell before held is free
+        if lm.peft is None:
+            activations = torch.zeros(9)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return plain(lm, *given, **options)
+
+    monkeypatch.setattr(cells_module, "train", full)
+    arms = {"demos": [2], "sets": [0], "arms": ["ft_full", "cd_one"]}
+    page = study(grid(folder, grid=arms), folder / "out")
+    found = cells(folder / "out")
+    assert held and {name: cell["status"] for name, cell in found.items()} == {
+        "opt-updown-n2-set0-ft_full": "failed",
+        "opt-updown-n2-set0-cd_one": "done",
+    }
+    reason = found["opt-updown-n2-set0-ft_full"]["reason"]
+    assert "Tried to allocate 2.00 GiB" in reason and "micro_batch" in reason and "--retry" in reason
+    assert "micro_batch" in page.read_text()
+    study(grid(folder, grid=arms), folder / "out")
+    assert len(held) == 1  # not tried again at each start
 
 
 def test_controls_a_bigger_teacher_and_retention(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

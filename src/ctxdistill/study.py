@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import gc
 import importlib.metadata
 import io
 import json
@@ -24,12 +25,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ctxdistill import study_report
 from ctxdistill.arms import Arm
 from ctxdistill.cells import Bench, run_cell
 from ctxdistill.cluster import fan_out
 from ctxdistill.draws import Draw, draw, held_out, without
-from ctxdistill.errors import CtxDistillError, FitError, ModelError
+from ctxdistill.errors import CtxDistillError, FitError, ModelError, TrainError
 from ctxdistill.grid import Cell, Study, cell_key, model_label
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection
@@ -187,6 +190,17 @@ class Runner:
             if isinstance(error, ModelError):
                 raise  # no cell of this model could be computed
             record |= {"status": "failed", "reason": str(error)}
+        except torch.OutOfMemoryError as error:
+            said = TrainError(
+                "the device's memory does not hold this cell",
+                found=str(error).split("\n")[0],
+                fix="lower micro_batch in train and finetune, or eval.batch_size; set gradient_checkpointing; leave the arm "
+                "out; or make room on the device and compute it again with --retry",
+            )
+            record |= {"status": "failed", "reason": str(said)}
+        if record["status"] != "done":  # only now is the error gone, whose frames hold what the cell had computed
+            gc.collect()
+            torch.cuda.empty_cache()
         run.write_jsonl("scores.jsonl", scores)
         run.write_json("cell.json", record)
 
