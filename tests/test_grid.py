@@ -150,6 +150,21 @@ def test_a_cell_is_made_again_when_what_it_depends_on_changes() -> None:
     assert changed("cd_one", grid={"sets": [0], "queries": 64}) and changed("zero_shot", eval={"rows": 5})
     assert changed("cd_many", grid={"sets": [0], "contexts": 2}) and changed("cd_one", lora={"rank": 2})
     assert changed("cd_one", model={"names": ["a/b"], "window": 9})
+    here, there = ({"names": ["trec", "mnli"], "root": root} for root in ("here", "there"))
+    assert changed("zero_shot", tasks=here)  # some files hold fewer rows than the hub does
+    assert cell_key(study(tasks=here), cells["zero_shot"]) == cell_key(study(tasks=there), cells["zero_shot"])
+
+
+def test_a_cell_with_another_tasks_demonstrations_depends_on_which_task_that_is() -> None:
+    arms = {"sets": [0], "arms": ["cd_one", "cd_one+irrelevant_context"]}
+    base, more, last = (
+        study(grid=arms, tasks={"names": names})
+        for names in (["trec", "mnli"], ["trec", "sst2", "mnli"], ["sst2", "trec", "mnli"])
+    )
+    plain, control = (next(c for c in base.cells() if (c.task, c.arm) == ("trec", arm)) for arm in arms["arms"])
+    assert base.other_task("trec") == "mnli" == last.other_task("trec") and more.other_task("trec") == "sst2"
+    assert cell_key(base, control) == cell_key(last, control) != cell_key(more, control)
+    assert cell_key(base, plain) == cell_key(more, plain)
 
 
 @pytest.mark.parametrize(

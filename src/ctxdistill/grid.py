@@ -273,6 +273,11 @@ class Study(Section):
         """The adapter of an arm."""
         return LoraSection.model_validate({**self.lora.model_dump(), **arm.lora})
 
+    def other_task(self, name: str) -> str:
+        """The task whose demonstrations the control `irrelevant_context` takes for the task `name`: the next one."""
+        names = self.tasks.names
+        return names[(names.index(name) + 1) % len(names)]
+
     def path(self, name: str) -> Path:
         """`name` as a path, relative to the study file's folder."""
         return (self.base_dir / Path(name).expanduser()).resolve()
@@ -332,6 +337,11 @@ def cell_key(study: Study, cell: Cell) -> str:
     if arm.trains != "nothing" and arm.targets == "teacher":
         training = {**(training or {}), "label_weight": study.weight(arm)}
     task = {key: values["tasks"][key] for key in ("pattern", "ood")} | {"version": TASKS[cell.task].version}
+    if study.tasks.root is None:  # the hub has other rows than a folder (MNLI, QQP); a folder may be moved
+        task["rows"] = "hub"
+    if arm.control == "irrelevant_context":
+        other = study.other_task(cell.task)
+        task["other"] = [other, TASKS[other].version]
     return fingerprint(
         [shared, arm.model_dump(exclude={"label", "about", "label_weight"}), grid, training, task, cell.id]
     )

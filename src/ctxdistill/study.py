@@ -220,8 +220,7 @@ class Runner:
             self.dump(cell, drawn, evaluation)
         irrelevant = []
         if cell.n and any(grid.arm(name).control == "irrelevant_context" for name in grid.grid.arms):
-            names = grid.tasks.names
-            other = self.tasks[names[(names.index(cell.task) + 1) % len(names)]]
+            other = self.tasks[grid.other_task(cell.task)]
             irrelevant = [(other.pattern, demos) for demos in draw_of(grid, other, cell.n, seed).contexts]
         teacher = self.model(grid.model.teacher) if grid.model.teacher else None
         lm = self.model(cell.model)
