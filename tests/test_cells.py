@@ -218,6 +218,21 @@ def test_each_context_is_calibrated_on_the_demonstrations_of_the_others(bench: B
         assert reading.calibration.scale == pytest.approx(expected.scale, rel=1e-3)
 
 
+def test_no_context_is_calibrated_on_what_it_holds_where_contexts_share_rows(bench: Bench) -> None:
+    arm = bench.study.arm("cd_many_calibrated")
+    bench.draw = dataclasses.replace(bench.draw, contexts=(tuple(ROWS[:4]), tuple(ROWS[2:6]), tuple(ROWS[4:8])))
+    judged = [[row.id for row in bench.calibration_rows(arm, number)] for number in range(3)]
+    assert judged == [
+        ["r4", "r5", "r4", "r5", "r6", "r7"],
+        ["r0", "r1", "r6", "r7"],
+        ["r0", "r1", "r2", "r3", "r2", "r3"],
+    ]
+    assert len(bench.readings(arm, bench.draw.queries, "queries")) == 3
+    bench.draw = dataclasses.replace(bench.draw, contexts=(tuple(ROWS[:4]), tuple(ROWS[3::-1])))
+    with pytest.raises(DataError, match="no demonstrations of other contexts"):
+        bench.readings(arm, bench.draw.queries, "queries")
+
+
 def test_many_contexts_mix_in_the_labels_of_all_their_demonstrations(bench: Bench) -> None:
     made, _, _ = examples(bench, Arm(context="many", demos_weight=1.0))
     assert [e.id for e in made] == [r.id for r in (*ROWS[12:18], *ROWS[:12])]

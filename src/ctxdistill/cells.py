@@ -23,6 +23,7 @@ import torch
 from ctxdistill.accounts import Peak, forward_flops, training_flops
 from ctxdistill.arms import Arm
 from ctxdistill.draws import Draw
+from ctxdistill.errors import DataError
 from ctxdistill.grid import Study
 from ctxdistill.lm import LM, check_fit, common_prefix
 from ctxdistill.objective import Example
@@ -167,10 +168,22 @@ class Bench:
         return Calibration(1.0, -average(list(scores.logprobs.log_softmax(1))))
 
     def calibration_rows(self, arm: Arm, number: int) -> Sequence[Row]:
-        """What context `number` of `arm` is calibrated on; no demonstration that it holds itself."""
+        """What context `number` of `arm` is calibrated on; no demonstration that it holds itself (contexts share some where
+        together they are more than there are rows).
+
+        Raises: `DataError` when all demonstrations are its own.
+        """
         if arm.calibration == "demonstrations":
-            sets = [demos for i, demos in enumerate(self.labelled(arm)) if i != number or arm.context == "none"]
-            return [row for demos in sets for row in demos]
+            sets = self.labelled(arm)
+            own = set() if arm.context == "none" else {row.id for row in sets[number]}
+            if rows := [row for demos in sets for row in demos if row.id not in own]:
+                return rows
+            raise DataError(
+                f"no demonstrations of other contexts are left to calibrate context {number} on",
+                expected="contexts with other rows",
+                found=f"{len(sets)} contexts with the same {len(own)} rows",
+                fix="lower grid.demos, give more rows, or leave the calibrated arms out",
+            )
         if arm.calibration == "content_free":
             fields = [dict.fromkeys(("text", "text1", "text2"), text) for text in CONTENT_FREE]
             return [Row(id="", fields=f, origin="a query without content") for f in fields]
