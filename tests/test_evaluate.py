@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,33 @@ def test_tables_and_the_gate() -> None:
     assert verdict(0.0, 0.001)["verdict"] == "nothing to teach"
     assert verdict(0.75, 2.0)["verdict"] == "nothing to teach"  # no gain
     assert verdict(1.0, 2.0)["gain"]["mean"] == pytest.approx(-0.25)  # the context hurts
+
+
+def test_arms_are_compared_on_the_rows_that_both_can_be_judged_on() -> None:
+    def scores(values: list[float | None]) -> list[dict[str, Any]]:
+        return [{"row": str(i), "answer": None, "metrics": {"mine:f": value}, "prompt_tokens": 1, "kl": 1.0, "top1": 1.0,
+                 "tokens": 1} for i, value in enumerate(values * 40)]  # fmt: skip
+
+    def judged(base: list[float | None], teacher: list[float | None], student: list[float | None]) -> Any:
+        arms = {"zero_shot": scores(base), "in_context": scores(teacher), "distilled": scores(student)}
+        found = tables(arms, {}, recipe.eval, 0)
+        pairs = {(c["a"], c["b"]): (c["difference"]["mean"], c["difference"]["n"]) for c in found["comparisons"]}
+        lm: Any = SimpleNamespace(window=100)
+        prompts: Any = [SimpleNamespace(teacher=(0,) * 20, student=(0,) * 5)]
+        return gate_verdict(arms, prompts, lm, recipe), pairs, found["gap_closed"]
+
+    recipe = Recipe.from_dict({"model": {"name": "x"}, "context": {"system": "s"}, "queries": {"data": "q"}})
+    # of five rows, all arms have a value on the first and the last
+    gate, pairs, gap = judged([0, None, 1, 1, 0], [1, 0, None, 1, 1], [1, 0, 1, None, 0])
+    assert (gate["gain"]["mean"], gate["gain"]["n"]) == (pytest.approx(2 / 3), 120)
+    assert pairs["in_context", "zero_shot"] == (pytest.approx(2 / 3), 120)
+    assert pairs["distilled", "zero_shot"] == (pytest.approx(1 / 3), 120)
+    assert pairs["distilled", "in_context"] == (pytest.approx(-1 / 3), 120)
+    assert (gap["mean"], gap["n"]) == (pytest.approx(0.5), 80)
+    gate, pairs, gap = judged([0, None], [None, 1], [1, None])
+    assert gate["gain"] is None and gate["verdict"] == "teach" and "no row" in gate["reasons"][1]
+    assert pairs == {("distilled", "zero_shot"): (1.0, 40)} and "no row" in gap["undefined"]
+    assert judged([None], [None], [None])[1:] == ({}, gap)
 
 
 def test_metrics() -> None:

@@ -284,6 +284,14 @@ def column(scores: Sequence[Score], metric: str) -> np.ndarray[Any, Any]:
     return np.array([s["metrics"][metric] for s in scores if s["metrics"].get(metric) is not None], dtype=float)
 
 
+def shared(metric: str, *arms: Sequence[Score]) -> list[np.ndarray[Any, Any]]:
+    """A metric's values in each arm over the rows where all of them have one, [N] each; a user's metric may judge a row in
+    one arm and not in another."""
+    rows = zip(*([s["metrics"].get(metric) for s in scores] for scores in arms), strict=True)
+    judged = [values for values in rows if None not in values]
+    return list(np.array(judged, dtype=float).reshape(-1, len(arms)).T)
+
+
 def tables(
     scores: Mapping[str, Sequence[Score]], latencies: Mapping[str, Sequence[float]], section: EvalSection, seed: int
 ) -> dict[str, Any]:
@@ -332,9 +340,8 @@ def tables(
         closed = stats.kl_closed(sums["distilled"], sums["zero_shot"], tokens, **options)
         result["kl_closed"] = closed.to_dict() if closed else None
         if main:
-            gap = stats.closed(
-                *(column(scores[arm], main) for arm in ("distilled", "zero_shot", "in_context")), **options
-            )
+            columns = shared(main, *(scores[arm] for arm in ("distilled", "zero_shot", "in_context")))
+            gap = stats.closed(*columns, **options) if len(columns[0]) else "no row could be judged in all arms"
             result["gap_closed"] = {"undefined": gap} if isinstance(gap, str) else gap.to_dict()
     return result
 
@@ -370,11 +377,13 @@ def constant(rows: Sequence[Score]) -> dict[str, Any] | None:
 def comparisons(
     scores: Mapping[str, Sequence[Score]], arms: Sequence[str], metric: str, options: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """Every pair of arms on the same rows."""
+    """Every pair of arms on the rows that could be judged in both; none where there are no such rows."""
     result = []
     for i, b in enumerate(arms):
         for a in arms[i + 1 :]:
-            x, y = column(scores[a], metric), column(scores[b], metric)
+            x, y = shared(metric, scores[a], scores[b])
+            if not len(x):
+                continue
             binary = set(np.unique(np.concatenate([x, y]))) <= {0.0, 1.0}
             difference = stats.paired_difference(x, y, **options).to_dict()
             result.append(
@@ -410,10 +419,13 @@ def gate_verdict(
         reasons.append(
             f"the context changes the model: KL {kl['mean']:.3f} [{kl['low']:.3f}, {kl['high']:.3f}] nats per token"
         )
-    if metric:
-        gain = stats.paired_difference(column(teacher, metric), column(base, metric), **options).to_dict()
+    with_context, without = shared(metric or "", teacher, base)
+    if metric and not len(without):
+        reasons.append(f"no row could be judged by {metric} in both arms; judged by the KL alone")
+    elif metric:
+        gain = stats.paired_difference(with_context, without, **options).to_dict()
         text = f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}] points of {metric}"
-        best = max(float(column(rows, metric).mean()) for rows in (base, teacher))
+        best = max(float(values.mean()) for values in (with_context, without))
         if gain["low"] > recipe.gate.min_gain:
             reasons.append(f"the context helps: {text}")
         elif metric == "exact_match" and best < 0.05 and not recipe.eval.metrics:
