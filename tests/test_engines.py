@@ -26,7 +26,7 @@ from ctxdistill.lm import LM
 from ctxdistill.prompts import join
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
-from ctxdistill.targets import Target, TargetStore, label
+from ctxdistill.targets import Labelling, Target, TargetStore, label
 from server import serve
 
 K = 20
@@ -275,20 +275,69 @@ def test_the_self_test_stops_other_weights_before_anything_is_kept(job: Path, tm
         Ready(job, url, teacher__tolerance=100.0).label("wanted")  # where the difference is wanted
 
 
-def test_rows_that_are_not_told_token_by_token_are_left_to_the_local_teacher(job: Path) -> None:
-    def joined(answer: dict[str, Any], number: int) -> Any:
-        if number in (1, 7):
-            content = answer["choices"][0]["logprobs"]["content"]
-            content.pop(0)
-            content[-1]["id"] = 1  # ends as if it were whole
-        return answer
+def joined(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a llama.cpp that tells two tokens as one, which ends as if it were whole."""
+    content = answer["choices"][0]["logprobs"]["content"]
+    content.pop(0)
+    content[-1]["id"] = 1
+    return answer
 
-    with serve(Teacher(Ready(job).lm, ids_beside=True, spoil=joined)) as (url, _):
+
+def test_rows_that_are_not_told_token_by_token_are_left_to_the_local_teacher(job: Path) -> None:
+    spoil: Spoil = lambda answer, n: joined(answer) if n in (1, 7) else answer  # noqa: E731
+    with serve(Teacher(Ready(job).lm, ids_beside=True, spoil=spoil)) as (url, _):
         ready = Ready(job, url)
         found = ready.label("asked")
     same(found, ready.label("own", asked=False))
     assert json.loads((ready.run / "teacher.json").read_text())["left"] == 2
     assert "2 rows were left to the local teacher" in engines.notes(ready.run)[0]
+
+
+def test_a_kill_before_the_local_teacher_s_turn_is_resumed(
+    job: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Joins(Teacher):
+        """Does not tell some rows, however often they are asked for."""
+
+        rows: set[tuple[int, ...]] = set()  # noqa: RUF012
+
+        def _written(self, body: dict[str, Any]) -> dict[str, Any]:
+            answer = super()._written(body)
+            return joined(answer) if tuple(body["prompt"]) in self.rows else answer
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def attempt(lm: LM) -> list[Target]:
+        with serve(Joins(lm, ids_beside=True)) as (url, _):
+            return Ready(job, url, teacher__at_once=1).label("asked")
+
+    def left() -> Any:
+        return json.loads((job / "run" / "teacher.json").read_text()).get("left")
+
+    ready = Ready(job, teacher__at_once=1)
+    ask = engines.labeller(ready.recipe, ready.lm, ready.prompter, ready.run)
+    order = Labelling(ready.lm, ready.prompter, ready.rows.pairs["train"], ready.recipe, ask=ask)
+    assert order.batches == [(0, 8), (8, 13)]
+    Joins.rows = {order.job(order.order[n]).pair.teacher for n in (2, 5, 9)}
+    with monkeypatch.context() as patch:
+        patch.setattr(Labelling, "_label", killed)
+        with pytest.raises(KeyboardInterrupt):
+            attempt(ready.lm)
+    assert len(TargetStore(job / "asked")) == 6
+    other = tiny.save(tmp_path_factory.mktemp("other"), seed=1)
+    with pytest.raises(ModelError, match="does not say what the local teacher says"):  # it is still put to the test
+        attempt(LM.load(ready.recipe.model.model_copy(update={"name": str(other)})))
+    assert len(TargetStore(job / "asked")) == 8 and left() == 2
+    same(attempt(ready.lm), ready.label("own", asked=False))
+    assert left() == 3
+    (job / "run" / "teacher.json").unlink()
+    Joins.rows = {pair.teacher for pair in ready.rows.pairs["train"]}
+    with (
+        pytest.raises(ModelError, match="tells none of the first rows"),
+        serve(Joins(ready.lm, ids_beside=True)) as (url, _),
+    ):
+        Ready(job, url).label("fresh")
 
 
 def test_completions_that_end_elsewhere_are_left_to_the_local_teacher(job: Path) -> None:

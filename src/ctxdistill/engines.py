@@ -252,26 +252,29 @@ class Labeller:
         self.vocabulary = lm.model.get_output_embeddings().weight.shape[0]
         self.k = min(recipe.targets.k, self.vocabulary - 1)
         self._engine: Engine | None = None
-        self._record: dict[str, Any] = {}
+        self._tested = False
+        self._record: dict[str, Any] = run.read_json(RECORD) if (run / RECORD).is_file() else {}
 
     def __call__(self, jobs: Sequence[Job]) -> Iterator[Target]:
         """See `targets.Ask`. Raises: `ModelError` when the engine says something that cannot be, or fails the self-test."""
-        told, done = 0, 0
-        if self._engine is None:
-            self._engine, tested = self._start(), list[tuple[Job, Target]]()
+        self._engine = self._engine or self._start()
+        done, tested = 0, list[tuple[Job, Target]]()
+        if not self._tested:
             while len(tested) < ROWS and done < len(jobs):  # some may not be told
                 some = jobs[done : done + ROWS - len(tested)]
                 tested += self._targets(some)
                 done += len(some)
-            self._test(self._engine, tested)
+            # a run that goes on may begin with rows that could not be told before
+            if tested or not self._record:
+                self._test(self._engine, tested)
+                self._tested = True
             yield from (target for _, target in tested)
-            told = len(tested)
-        for _, target in self._targets(jobs[done:]):
-            told += 1
-            yield target
-        if left := len(jobs) - told:
-            self._record["left"] = self._record.get("left", 0) + left
-            self.run.write_json(RECORD, self._record)
+        yield from (target for _, target in self._targets(jobs[done:]))
+
+    def left(self, rows: int) -> None:
+        """See `targets.Ask`."""
+        self._record["left"] = self._record.get("left", 0) + rows
+        self.run.write_json(RECORD, self._record)
 
     def _start(self) -> Engine:
         c, section = self.recipe.completions, self.section
@@ -350,12 +353,6 @@ class Labeller:
                 where = f"after {t} tokens of row {job.pair.id}, for {token!r}"
                 found.append((nats, float(values[t, 0]), float(own[t, 0]), where))
         mean, (_, there, here, where) = sum(f[0] for f in found) / len(found), max(found)
-        self._record |= {
-            "engine": engine.name,
-            "rows": len(tested),
-            "tokens": len(found),
-            "kl": 0.0 if mean < 0 else mean,
-        }
         if not mean <= self.section.tolerance:
             raise ModelError(
                 f"{engine.name} does not say what the local teacher says: KL {mean:.4g} nats per token, "
@@ -365,6 +362,12 @@ class Labeller:
                 fix="serve the weights of model.name, in its precision, without anything that changes log-probabilities; "
                 "raise teacher.tolerance where the difference is wanted (quantised weights, for example)",
             )
+        self._record |= {
+            "engine": engine.name,
+            "rows": len(tested),
+            "tokens": len(found),
+            "kl": 0.0 if mean < 0 else mean,
+        }
         self.run.write_json(RECORD, self._record)
         log.info("%s", described(self._record))
 

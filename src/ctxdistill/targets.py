@@ -67,6 +67,9 @@ class Ask(Protocol):
     def __call__(self, jobs: Sequence[Job]) -> Iterator[Target]:
         """The targets of `jobs` in any order, none for what it cannot tell."""
 
+    def left(self, rows: int) -> None:
+        """So many rows that it could not tell were labelled by the local model."""
+
 
 class How(TypedDict, total=False):
     """What `Labelling` takes by name."""
@@ -217,7 +220,9 @@ class Labelling:
             with torch.no_grad(), self.lm.adapter(False):
                 for i in range(0, len(todo), size):
                     self._prefix(int(self.own[self.order[first]]))
-                    store.add(self._label(todo[i : i + size]))
+                    store.add(found := self._label(todo[i : i + size]))
+                    if self.ask:
+                        self.ask.left(len(found))
             yield end
 
     def _asked(self, jobs: Sequence[Job], store: TargetStore, behind: int) -> Generator[int, None, list[Job]]:
