@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,27 @@ def test_processes_add_to_one_folder_at_the_same_time(tmp_path: Path) -> None:
     assert all(same(found[target(n, n % 4).key], target(n, n % 4)) for n in range(180))
     del found
     assert prune(tmp_path / "t")["dropped"] == {"unused": 0, "repeated": 60, "damaged": 0}
+
+
+@pytest.mark.parametrize("earlier_name", [False, True])
+def test_runs_that_differ_in_the_last_bit_leave_each_other_s_shards_whole(tmp_path: Path, earlier_name: bool) -> None:
+    folder = tmp_path / "t"
+    wanted = [target(n) for n in range(4)]
+    other = [replace(t, tensors={"hidden": torch.nextafter(t.tensors["hidden"], torch.tensor(9.0))}) for t in wanted]
+    one, two = TargetStore(folder), TargetStore(folder)
+    shard, raw = store.packed_shard(wanted)
+    name = f"{fingerprint([t.key for t in wanted])}.safetensors"  # of the keys alone
+    one.adopt(shard._replace(shard=name) if earlier_name else shard, raw)
+    two.add(other)
+    assert all(same(one[t.key], t) for t in wanted) and all(same(two[t.key], t) for t in other)
+    two.add(other)  # the same bits: one file
+    assert len(list(folder.glob("*.safetensors"))) == 2 and verify(folder)["damaged"] == []
+    found = stats(folder)
+    assert (found["rows"], found["repeated"], found["leftovers"]) == (4, 8, 0)
+    del one, two
+    assert prune(folder)["dropped"] == {"unused": 0, "repeated": 8, "damaged": 0}
+    assert len(list(folder.glob("*.safetensors"))) == stats(folder)["shards"] == 1
+    assert all(same(TargetStore(folder)[t.key], t) for t in other)
 
 
 # -- care -------------------------------------------------------------------------------------------------------------

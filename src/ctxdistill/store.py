@@ -274,8 +274,10 @@ def packed_shard(targets: Sequence[Target]) -> tuple[Shard, bytes]:
     tensors["ids"] = torch.tensor([i for t in full for i in t.ids], dtype=torch.int32)
     raw = save(tensors)
     keys, lengths = [t.key for t in targets], [len(t.ids) for t in targets]
-    name = f"{fingerprint(keys)}.safetensors"
-    return Shard(name, hashlib.sha256(raw).hexdigest(), len(raw), names, keys, lengths), raw
+    sha256 = hashlib.sha256(raw).hexdigest()
+    # of the same keys two processes may make other bits, and neither may replace the other's
+    name = f"{fingerprint([keys, sha256])}.safetensors"
+    return Shard(name, sha256, len(raw), names, keys, lengths), raw
 
 
 def read_index(folder: Path, *, skip_damaged: bool = False) -> Iterator[Shard]:
