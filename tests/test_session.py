@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tiny
 from ctxdistill import pipeline
-from ctxdistill.errors import FitError, RecipeError, RunError
+from ctxdistill.errors import CtxDistillError, FitError, RecipeError, RunError
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection, Recipe
 from ctxdistill.session import TOP, Answer, Piece, Session
@@ -154,6 +155,26 @@ def test_a_session_takes_over_the_model_of_the_one_before(folder: Path, session:
     assert following.lm is fresh.lm
     assert torch.equal(states(following.lm, on=True), states(session.lm, on=True))
     assert torch.equal(states(following.lm, on=False), states(session.lm, on=False))
+
+
+@pytest.mark.parametrize("how", ["damaged", "incomplete"])
+def test_a_run_that_cannot_follow_leaves_the_one_before_as_it_was(
+    folder: Path, session: Session, tmp_path: Path, how: str
+) -> None:
+    first = Session.load(folder / "run")
+    shutil.copytree(folder / "run", tmp_path / "bad")
+    weights = tmp_path / "bad" / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop(max(tensors))
+    save_file(tensors, weights)
+    if how == "damaged":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CtxDistillError, match=r"the adapter in .* (is damaged|does not fit)"):
+        Session.load(tmp_path / "bad", before=first)
+    for on in (True, False):
+        assert torch.equal(states(first.lm, on=on), states(session.lm, on=on))
+    following = Session.load(folder / "run", before=first)
+    assert torch.equal(states(following.lm, on=True), states(session.lm, on=True))
 
 
 def test_failures_reach_the_reader_and_leave_the_session_usable(

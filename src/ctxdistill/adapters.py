@@ -133,6 +133,15 @@ def scale(model: Any, value: float) -> None:
                 magnitude.weight.copy_(base + value * (magnitude.weight - base))
 
 
+def take_off(model: Any) -> None:
+    """Take off the layers that peft had put on a model when it failed; `unload` needs a whole model of peft."""
+    for path, layer in [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
 @contextlib.contextmanager
 def strengthened(model: Any, value: float) -> Iterator[None]:
     """Inside, the adapter has this strength (see `scale`)."""

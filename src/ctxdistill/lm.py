@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 from ctxdistill import files, processes, products
-from ctxdistill.adapters import encoder_of, settings_of, strengthened
+from ctxdistill.adapters import encoder_of, settings_of, strengthened, take_off
 from ctxdistill.caches import Prefix, RoomyLayer
 from ctxdistill.decoding import Fixed, Growing
 from ctxdistill.errors import FitError, ModelError
@@ -558,7 +558,8 @@ class LM:
         return list(lora.targets)
 
     def load_adapter(self, folder: Path, name: str = "default") -> None:
-        """Put a trained adapter on, under a `name`. Raises `ModelError` when it was made for another base."""
+        """Put a trained adapter on, under a `name`. Raises `ModelError` when it was made for another base or does not fit;
+        the model then has no adapter."""
         config = settings_of(folder)
         made_for = made_for_hash(folder)
         if made_for and made_for != self.info["weights_sha256"]:
@@ -575,6 +576,7 @@ class LM:
                 )  # it would be a part of the adapter
                 self.peft = PeftModel.from_pretrained(self.model, str(folder), name, is_trainable=False)
         except Exception as error:  # peft raises what it likes, the warning above among it
+            take_off(self.model)
             raise ModelError(
                 f"the adapter in {folder} does not fit {self.info['name']}", found=str(error).split("\n")[0][:300]
             ) from None

@@ -88,18 +88,25 @@ class Session:
     def load(cls, run: str | Path, before: Session | None = None) -> Session:
         """Load a finished run. `before`: a session that is no longer needed; its model is used again where it is the same.
 
-        Raises: `RunError` or `ModelError` when the run is not finished or its model is not there.
+        Raises: `RunError` or `ModelError` when the run is not finished or its model is not there; `before` then goes on
+            as it was.
         """
         folder = RunDir.existing(run)
         recipe = stored_recipe(folder)
-        if before is not None and (before.recipe.model, before.recipe.base_dir) == (recipe.model, recipe.base_dir):
-            with before._busy:
-                lm = before.lm
-                lm.remove_adapter()
-        else:
+        if before is None or (before.recipe.model, before.recipe.base_dir) != (recipe.model, recipe.base_dir):
             lm = LM.load(recipe.model, recipe.base_dir)
-        lm.load_adapter(folder / "adapter")
-        return cls(folder, recipe, lm)
+            lm.load_adapter(folder / "adapter")
+            return cls(folder, recipe, lm)
+        with before._busy:
+            lm = before.lm
+            lm.remove_adapter()
+            try:
+                lm.load_adapter(folder / "adapter")
+                return cls(folder, recipe, lm)
+            except BaseException:
+                lm.remove_adapter()
+                lm.load_adapter(before.run / "adapter")
+                raise
 
     @functools.cached_property
     def held_out(self) -> dict[str, Pair]:
