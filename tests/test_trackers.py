@@ -113,7 +113,9 @@ def test_trackers_stay_on_this_machine_unless_told(
             monkeypatch.setenv(name, "")  # restored afterwards
             monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setattr(trackers, "Accelerator", lambda **_: type("A", (), {"init_trackers": lambda *a, **k: None})())
+    started: list[dict[str, Any]] = []
+    started_by = type("A", (), {"init_trackers": lambda *_, **given: started.append(given)})
+    monkeypatch.setattr(trackers, "Accelerator", lambda **_: started_by())
     section = TrainSection(report_to=["wandb", "mlflow", "trackio"])
     trackers.reporting(section, RunDir(tmp_path / "run"), cpu=True)
     folder = (tmp_path / "run" / "tracking").resolve()
@@ -121,6 +123,13 @@ def test_trackers_stay_on_this_machine_unless_told(
     assert os.environ["WANDB_DIR"] == str(folder)
     assert os.environ["MLFLOW_TRACKING_URI"] == f"file://{folder}/mlflow"
     assert trackers.LOCAL["wandb"]["WANDB_MODE"] == "offline"
+    monkeypatch.setenv("TRACKIO_DIR", "elsewhere")
+    trackers.reporting(section, RunDir(tmp_path / "second"), cpu=True)  # in the same process
+    folder = (tmp_path / "second" / "tracking").resolve()
+    assert os.environ["WANDB_DIR"] == str(folder)
+    assert os.environ["MLFLOW_TRACKING_URI"] == f"file://{folder}/mlflow"
+    assert started[-1]["init_kwargs"] == {"wandb": {"dir": str(folder)}}  # it does not look at the variable again
+    assert (os.environ["WANDB_MODE"], os.environ["TRACKIO_DIR"]) == ("online", "elsewhere")
 
 
 def test_a_missing_package_and_an_unknown_name_are_said_at_once(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,9 @@ LOCAL = {
     "trackio": {"TRACKIO_DIR": "{folder}/trackio"},
     "tensorboard": {},
 }
-"""Variables that keep a tracker on this machine; those that are set already stay."""
+"""Variables that keep a tracker on this machine; those that the person has set stay."""
+OWN: dict[str, str] = {}
+"""Those that were set here, for the latest run of this process."""
 POSITION = ("event", "step", "epoch")
 
 
@@ -55,12 +57,15 @@ def reporting(section: TrainSection, run: RunDir, *, cpu: bool) -> Accelerator:
     folder.mkdir(parents=True, exist_ok=True)
     for name in section.report_to:
         for variable, value in LOCAL[name].items():
-            os.environ.setdefault(variable, value.format(folder=folder))
+            if os.environ.get(variable) in (None, OWN.get(variable)):
+                os.environ[variable] = OWN[variable] = value.format(folder=folder)
     config = ProjectConfiguration(project_dir=str(run.path), logging_dir=str(folder))
     accelerator = Accelerator(cpu=cpu, log_with=list(section.report_to), project_config=config)
     values = {key: value for key, value in section.model_dump().items() if key != "report_to"}
     try:
-        accelerator.init_trackers(run.path.resolve().name, config=values)
+        # wandb reads its variables once in a process
+        options = {"wandb": {"dir": os.environ["WANDB_DIR"]}} if "wandb" in section.report_to else {}
+        accelerator.init_trackers(run.path.resolve().name, config=values, init_kwargs=options)
     except Exception as error:  # each tracker raises what it likes
         raise TrainError(
             f"train.report_to: {' or '.join(section.report_to)} cannot be started",
