@@ -241,6 +241,7 @@ def test_what_the_user_can_fix_is_2(pipeline: types.SimpleNamespace, capfd: pyte
         (["show", "."], "is not a run folder"),
         (["evaluate", "missing"], "does not exist"),
         (["try", "missing", "hello"], "does not exist"),
+        (["try", "my.toml", "hello"], "is a file, and no run folder"),
         (["report", "run"], "run"),
     ],
 )

@@ -163,6 +163,13 @@ def test_what_cannot_be_compared_is_an_error(tmp_path: Path) -> None:
         compare([a, b])
 
 
+def test_a_folder_for_the_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    runs = [str(make(tmp_path / name)) for name in "ab"]
+    assert cli.main(["compare", *runs, "--out", str(tmp_path), "--json"]) == 0
+    page = tmp_path / "compare.html"
+    assert json.loads(capfd.readouterr().out)["page"] == str(page) and page.is_file()
+
+
 def test_the_page_is_one_file_that_escapes_everything(tmp_path: Path) -> None:
     a = make(tmp_path / "a", recipe__name=HOSTILE[0], model__name=HOSTILE[1])
     b = make(tmp_path / "b", recipe__name=HOSTILE[2] + HOSTILE[5], model__weights_sha256="ff" * 32)

@@ -91,6 +91,8 @@ def test_a_table_changes_single_values_of_the_default() -> None:
         ({"arms": {"x": {"like": "nothing"}}, "grid": {"arms": ["x"]}}, "arms.x.like: unknown arm 'nothing'"),
         ({"arms": {"x": {"like": "cd_one", "query": 3}}, "grid": {"arms": ["x"]}}, "query: unknown key; did you mean 'queries'?"),
         ({"arms": {"x": {"like": "ft_lora", "context": "one"}}, "grid": {"arms": ["x"]}}, 'learns from the demonstrations themselves'),
+        ({"arms": {"x": {"like": "cd_one", "train": {"lrr": 1.0}}}, "grid": {"arms": ["x"]}}, "arms.x.train.lrr: unknown key"),
+        ({"arms": {"x": {"like": "cd_one", "lora": {"rank": 0}}}, "grid": {"arms": ["x"]}}, "arms.x.lora.rank: "),
         ({"tasks": {"names": ["trec"]}, "grid": {"arms": ["cd_one+irrelevant_context"]}}, "name two tasks or more"),
         ({"grid": {"arms": ["cd_many_calibrated"], "contexts": 1}}, "expected 2 or more, found 1"),
         ({"arms": {"x": {"like": "cd_one", "calibration": "demonstrations"}}, "grid": {"arms": ["x"]}}, 'must be "many"'),

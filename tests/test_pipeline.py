@@ -52,6 +52,7 @@ def test_a_run_leaves_everything_behind(run: pipeline.Run) -> None:
     assert (
         manifest["model"]["weights_sha256"] and manifest["context"]["sha256"] and manifest["model"]["template_sha256"]
     )
+    assert manifest["context"]["kinds"] == ["system", "demos"]
     assert "train.lr" in manifest["explicit"] and "train.clip" not in manifest["explicit"]
     assert manifest["student_prompt"]["text"] == "<s><|system|>be kind</s><|user|>{query}</s><|assistant|>"
     card = (run.adapter / "README.md").read_text()

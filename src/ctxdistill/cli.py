@@ -411,7 +411,7 @@ def check(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of finished runs.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The page that is written.")] = Path("compare.html"),
+    out: Annotated[Path, typer.Option(help="The page that is written, or a folder for it.")] = Path("compare.html"),
     as_json: Json = False,
 ) -> None:
     """Put two or more finished runs side by side, with paired tests on the held-out rows that they share.
@@ -421,7 +421,7 @@ def compare(
     from ctxdistill import compare as comparing
 
     found = comparing.compare(runs)
-    page = comparing.write_page(found, out)
+    page = comparing.write_page(found, out / "compare.html" if out.is_dir() else out)
     if as_json:
         _json({"page": str(page), **found})
     else:

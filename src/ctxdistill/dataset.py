@@ -33,6 +33,10 @@ INDIFFERENT = {"name", "gate", "cost", "behaviour"}
 """What changes no result may change between two attempts at one run, such as gate.on_fail after the gate said no."""
 
 
+PARTS = ("system", "system_file", "documents", "chunk_tokens", "messages", "demos", "column", "teacher_prompt")
+"""Keys of `context` that say that there is something of their kind."""
+
+
 @dataclass(frozen=True)
 class Data:
     """All rows of a run, as prompt pairs, with the sections that say how to read them."""
@@ -197,7 +201,7 @@ def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str
     c = recipe.context
     context = {
         "sha256": prompter.fingerprint,
-        "kinds": [k for k in type(c).model_fields if getattr(c, k) and not k.startswith("student")],
+        "kinds": [k for k in PARTS if getattr(c, k)],
     }
     preview = "\n".join(
         text

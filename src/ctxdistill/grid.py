@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -195,6 +196,16 @@ class Study(Section):
                 arms[name] = self.arm(name)
             except RecipeError as error:
                 problems.append(f"grid.arms: {error.message}")
+                continue
+            for key, cls, made in (
+                ("train", TrainSection, partial(self.training, seed=0)),
+                ("lora", LoraSection, self.adapter),
+            ):
+                try:
+                    made(arms[name])
+                except ValidationError as error:
+                    where = f"arms.{name.partition('+')[0]}.{key}"
+                    problems += [f"{where}.{problem_of(dict(found), cls)}" for found in error.errors()]
         if any(arm.teacher == "bigger" for arm in arms.values()) and not self.model.teacher:
             problems.append("model.teacher: missing; an arm is taught by a bigger model")
         if self.grid.contexts < 2 and any(arm.calibration == "demonstrations" for arm in arms.values()):

@@ -93,7 +93,10 @@ class RunDir:
         """The folder of a run that was begun. Raises `RunError` when there is none."""
         run = cls(path)
         if not (run / "recipe.json").is_file():
-            what = "is not a run folder (no recipe.json in it)" if run.path.is_dir() else "does not exist"
+            if run.path.is_dir():
+                what = "is not a run folder (no recipe.json in it)"
+            else:
+                what = "is a file, and no run folder" if run.path.exists() else "does not exist"
             raise RunError(f"{path} {what}", expected="a folder written by `ctxdistill distill` or `ctxdistill demo`")
         return run
 
