@@ -48,6 +48,7 @@ def bpe() -> Any:
     [
         ("so it is heavy. Answer: forty two tons", " forty two tons"), ("Answer: forty\nAnswer: two tons ", " two tons"),
         ("Answer:é tons", "é tons"), ("it is heavy", None), ("Answer:  ", None), ("Answer:", None),
+        ("Answer: 東京", "東京"), ("木 Answer: 20 ½\nyes", "20 ½"), ("Answer:👍🏽 ", "👍🏽"),
     ],
 )  # fmt: skip
 def test_the_teachers_own_tokens_are_split(job: Path, make: Any, text: str, answer: str | None) -> None:

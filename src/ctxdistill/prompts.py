@@ -208,19 +208,20 @@ class Prompter:
         Returns: None where there is no match, an empty one, or one that begins or ends inside a token.
         """
 
-        def length(n: int) -> int:
-            return len(self.tokenizer.decode(list(ids[:n]), skip_special_tokens=True))
+        def spelt(n: int) -> str:
+            return str(self.tokenizer.decode(list(ids[:n]), skip_special_tokens=True))
 
-        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        text = spelt(len(ids))
         found = list(pattern.finditer(text))
         if not found or not (found[-1][1] or "").strip():
             return None
         start, end = found[-1].span(1)
         start, end = end - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())
-        lengths = [length(n) for n in range(len(ids) + 1)]
-        first = max(n for n, place in enumerate(lengths) if place <= start)
-        last = min(n for n, place in enumerate(lengths) if place >= end)
-        if text[lengths[first] : start].strip() or text[end : lengths[last]].strip():
+        # A part of a character decodes to U+FFFD, which is as long as the character: no token that follows begins there.
+        places = {n: len(part) for n in range(len(ids) + 1) if text.startswith(part := spelt(n))}
+        first = max(n for n, place in places.items() if place <= start)
+        last = min(n for n, place in places.items() if place >= end)
+        if text[places[first] : start].strip() or text[end : places[last]].strip():
             return None
         return list(ids[:first]), (*ids[first:last], *self.end)
 
