@@ -121,6 +121,13 @@ def test_held_out_rows_and_given_queries_are_not_written_again(job: Path) -> Non
     assert splits["eval"][0][0].fields["answer"] == "11"
 
 
+def test_skip_and_limit_are_of_the_given_queries(job: Path) -> None:
+    file = tiny.write_jsonl(job / "w.jsonl", [{"prompt": f"What is number {i}?"} for i in range(5)])
+    for key, value in (("skip", 2), ("skip", 9), ("limit", 1)):
+        r = recipe(job, queries__data="queries.jsonl", **{f"queries__{key}": value})
+        assert len(synthesis.read_written(r, file)) == 5
+
+
 @pytest.mark.parametrize(
     ("text", "ended", "reason"),
     [

@@ -205,7 +205,7 @@ def read_written(recipe: Recipe, file: Path) -> Sequence[Row]:
             expected="the file that `ctxdistill queries` writes",
             fix="ctxdistill queries RECIPE (or distill, which writes them first)",
         )
-    section = recipe.queries.model_copy(update={"data": str(file.resolve()), "limit": 0})
+    section = recipe.queries.model_copy(update={"data": str(file.resolve()), "skip": 0, "limit": 0})
     return data.read(section, recipe, "queries").rows
 
 
