@@ -199,6 +199,12 @@ def test_to_dict_is_json_and_makes_the_same_recipe(tmp_path: Path) -> None:
         (["completions.samples=4"], "needs completions.temperature above 0"),
         (["prompt.label_words=['a']"], "two or more different words"),
         (["prompt.label_words=['a', 'a', 'b']"], "two or more different words"),
+        (["prompt.pattern={prompt} {answer}"], "{answer}: the model would be told the answer"),
+        (["prompt.pattern={prompt} {answer}", "queries.answer=label"], "{answer}: the model would be told the answer"),
+        (["prompt.pattern={prompt} {label}", "queries.answer=label"], "{label}: the model would be told the answer"),
+        (["prompt.pattern={prompt} {gold}", "eval.data=e", "eval.answer=gold"], "{gold}: the model would be told"),
+        (["queries.prompt=text", "queries.answer=text"], "queries.prompt and queries.answer are both 'text'"),
+        (["eval.data=e.jsonl", "eval.prompt=answer"], "eval.prompt and eval.answer are both 'answer'"),
         (["prompt.pattern={a"], "prompt.pattern: "),
         (["prompt.pattern={a.b}"], "not a plain column name"),
         (["prompt.answer_pattern=answer"], "must have {answer} as its one field"),
@@ -229,6 +235,7 @@ def test_queries_need_data(tmp_path: Path) -> None:
         ["completions.samples=4", "completions.temperature=0.7"],
         ["completions.source=label", "prompt.label_words=['a', 'b']"],
         ["prompt.pattern={premise} {{x}} {hypothesis}"],
+        ["queries.messages=turns", "queries.answer=prompt"],
     ],
 )
 def test_these_are_no_contradictions(tmp_path: Path, overrides: list[str]) -> None:

@@ -658,13 +658,25 @@ class Recipe(Section):
                 continue
             if needs and names != {needs}:
                 problems.append(f"prompt.{key} must have {{{needs}}} as its one field, found {pattern!r}")
-            if key == "pattern" and self.queries.answer in names:
-                problems.append(
-                    f"prompt.pattern holds the answer column {{{self.queries.answer}}}: the model would be told the answer"
-                )
+            if key == "pattern":
+                problems += self._told(names)
             if not names:
                 problems.append(f"prompt.{key} has no field, so that all rows would be the same; found {pattern!r}")
         return problems
+
+    def _told(self, names: set[str]) -> list[str]:
+        """Fields of `prompt.pattern` that would tell the model the answer: `{answer}` is it, whatever its column is called."""
+        parts = {"queries": self.queries, "eval": self.eval}
+        answers = {"answer", *(part.answer for part in parts.values())}
+        problems = [
+            f"prompt.pattern holds the answer column {{{name}}}: the model would be told the answer"
+            for name in sorted((names - {"prompt"}) & answers)
+        ]
+        return problems + [
+            f"{key}.prompt and {key}.answer are both {part.answer!r}: the model would be told the answer"
+            for key, part in parts.items()
+            if "prompt" in names and part.prompt == part.answer and not part.messages
+        ]
 
     def _training(self) -> list[str]:
         p, problems = self.prompt, list[str]()
