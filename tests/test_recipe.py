@@ -208,6 +208,8 @@ def test_to_dict_is_json_and_makes_the_same_recipe(tmp_path: Path) -> None:
         (["prompt.pattern={a"], "prompt.pattern: "),
         (["prompt.pattern={a.b}"], "not a plain column name"),
         (["prompt.answer_pattern=answer"], "must have {answer} as its one field"),
+        (["eval.limit=20", "eval.answer=label"], "eval.limit, eval.answer: no effect without eval.data"),
+        (["eval.split=test"], "eval.split: no effect without eval.data"),
         (["eval.format=("], "not a regular expression"),
         (["eval.metrics=['exact_mach']"], "unknown metric 'exact_mach'; did you mean 'exact_match'?"),
         (["eval.metrics=['a b:c']"], "unknown metric 'a b:c'"),
@@ -236,6 +238,8 @@ def test_queries_need_data(tmp_path: Path) -> None:
         ["completions.source=label", "prompt.label_words=['a', 'b']"],
         ["prompt.pattern={premise} {{x}} {hypothesis}"],
         ["queries.messages=turns", "queries.answer=prompt"],
+        ["eval.limit=20", "eval.split=test", "eval.data=hub:a/b"],
+        ["eval.share=0.5", "eval.group=sort", "eval.max_new_tokens=8"],
     ],
 )
 def test_these_are_no_contradictions(tmp_path: Path, overrides: list[str]) -> None:

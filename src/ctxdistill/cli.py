@@ -188,7 +188,7 @@ def queries(
 def gate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
     """Is there anything to teach? Measure the model with and without the context; train nothing.
 
-    Example: ctxdistill gate support.toml eval.limit=40
+    Example: ctxdistill gate support.toml eval.max_new_tokens=32
     """
     from ctxdistill.recipe import Recipe
 

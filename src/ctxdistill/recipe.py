@@ -384,7 +384,7 @@ class TrainSection(Section):
 
 
 class EvalSection(DataSection):
-    """Held-out rows, never trained on. Unset `data`: held-out queries are split off from `queries` and only fidelity is measured."""
+    """Held-out rows, never trained on. Unset `data`: they are split off from the queries, and read as `[queries]` says."""
 
     split: str = "test"
     """Split of a hub data set."""
@@ -740,8 +740,20 @@ class Recipe(Section):
             problems.append(f"completions.checker: expected module:function, found {c.checker!r}")
         return problems
 
+    def _held_out(self) -> list[str]:
+        e = self.eval
+        given = [key for key in DataSection.model_fields if key in e.model_fields_set]
+        if "data" in given:  # and is None: a dump of all keys, since a file cannot say so
+            given = [key for key in given if getattr(e, key) != EvalSection.model_fields[key].default]
+        if e.data is not None or not given:
+            return []
+        return [
+            f"{', '.join(f'eval.{key}' for key in given)}: no effect without eval.data; "
+            "held-out rows are then queries, and read as [queries] says"
+        ]
+
     def _evaluation(self) -> list[str]:
-        problems = list[str]()
+        problems = self._held_out()
         if self.behaviour.contexts and not self.context.column:
             problems.append("behaviour.contexts needs context.column: it names the contexts that the rows have")
         if self.eval.format is not None:
