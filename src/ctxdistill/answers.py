@@ -1,36 +1,45 @@
 """Is a short answer right? As SQuAD scores it.
 
-In: a prediction and the reference answers. Out: numbers from 0 to 1. Invariant: case, punctuation, articles and white space
-never matter; with several references the best one counts.
+In: a prediction and the reference answers. Out: numbers from 0 to 1. Invariants: case, punctuation, articles and white space
+never matter, unless the reference is nothing else; with several references the best one counts.
 """
 
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 
-def normalise(text: str) -> list[str]:
-    """The words of an answer, without case, punctuation and articles. A comma or point between digits is kept out, too:
-    `1,150` and `1150` are one word."""
+def normalise(text: str, *, articles: bool = False, punctuation: bool = False) -> list[str]:
+    """The words of an answer, without case, and without punctuation (all of `string.punctuation`, and Unicode's) and articles
+    unless asked for. A comma or point between digits is kept out, too: `1,150` and `1150` are one word."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    kept = "".join(
-        " " if c.isspace() else c for c in text if c.isspace() or not unicodedata.category(c).startswith("P")
-    )
-    return re.sub(r"\b(?:a|an|the)\b", " ", kept).split()
+    if not punctuation:
+        text = "".join(c for c in text if c not in string.punctuation and not unicodedata.category(c).startswith("P"))
+    return (text if articles else re.sub(r"\b(?:a|an|the)\b", " ", text)).split()
+
+
+def _words(prediction: str, answer: str) -> tuple[list[str], list[str]]:
+    """The normalised words of both; with articles, and then with punctuation, where the answer is nothing else."""
+    articles = not normalise(answer)
+    punctuation = not normalise(answer, articles=True)
+    found, right = (normalise(text, articles=articles, punctuation=punctuation) for text in (prediction, answer))
+    return found, right
 
 
 def exact(prediction: str, answer: str) -> float:
     """1 when the normalised words are the same, in order."""
-    return float(normalise(prediction) == normalise(answer))
+    found, right = _words(prediction, answer)
+    return float(found == right)
 
 
 def f1(prediction: str, answer: str) -> float:
     """Harmonic mean of the shares of words that prediction and answer have in common."""
-    found, right = normalise(prediction), normalise(answer)
+    found, right = _words(prediction, answer)
     if not found or not right:
         return float(found == right)
     common = (Counter(found) & Counter(right)).total()
@@ -38,8 +47,11 @@ def f1(prediction: str, answer: str) -> float:
 
 
 def contains(prediction: str, answer: str) -> float:
-    """1 when the answer's words stand in the prediction, together and in order: for models that answer in sentences."""
-    found, right = normalise(prediction), normalise(answer)
+    """1 when the answer's words stand in the prediction, together and in order: for models that answer in sentences. An
+    empty answer stands in an empty prediction alone."""
+    found, right = _words(prediction, answer)
+    if not right:
+        return float(not found)
     return float(any(found[i : i + len(right)] == right for i in range(len(found) - len(right) + 1)))
 
 

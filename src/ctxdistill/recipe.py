@@ -393,9 +393,10 @@ class EvalSection(DataSection):
     metrics: list[str] = []
     """Any of `pass_at_1` (the answer is a program that passes the row's tests; needs `code.run`), `exact_match`, `format`,
     `field_accuracy`, `label_accuracy`, `macro_f1`; `squad_exact`, `squad_f1` and `squad_contains` (the answer stands
-    somewhere in what was written), which compare words without case, punctuation and articles, with the best of a row's
-    `answers` (a list) if it has several; or your own `module:function` that takes (prediction, answer, row) and returns a
-    number, or None where it cannot judge, which needs `ctxdistill --allow-code`. Empty: all of the first six that the data allows."""
+    somewhere in what was written), which compare words without case, punctuation (`$`, `+` and `<` among it) and articles,
+    but with these where the answer is nothing else, such as the choice `A`; of a row's `answers` (a list), if it has several,
+    the best counts; or your own `module:function` that takes (prediction, answer, row) and returns a number, or None where it
+    cannot judge, which needs `ctxdistill --allow-code`. Empty: all of the first six that the data allows."""
     group: str | None = None
     """A column of the held-out rows by whose values the results are shown, too."""
     format: str | None = None
