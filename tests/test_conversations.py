@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,74 @@ def test_a_tool_call_reaches_the_template_as_it_is(job: Path) -> None:
         text = p.tokenizer.decode(p.pair(row, p.recipe.queries).student)
         assert '<|assistant|>CALL {"name": "weigh", "arguments": {"of": "bell"}}</s><|tool|>' in text
         assert "".join(part for part, _ in p.parts(row, p.recipe.queries, teacher=False)) == text
+
+
+@pytest.mark.parametrize("arguments", ['{"of": "bell"}', {"of": "bell"}])
+def test_arguments_in_json_text_are_an_object_for_the_template_and_text_for_a_server(job: Path, arguments: Any) -> None:
+    call = {"role": "assistant", "tool_calls": [{"id": "c1", "function": {"name": "weigh", "arguments": arguments}}]}
+    (job / "before.json").write_text(json.dumps([say("user", "weigh it"), call, say("tool", "3 tons")]))
+    p = thinking(job, context__messages="before.json", context__column="own")
+    row = Row("r", {"messages": [say("user", "again"), call, say("tool", "4 tons")], "own": [call]}, "r")
+    pair = p.pair(row, p.recipe.queries)
+    right = 'CALL {"name": "weigh", "arguments": {"of": "bell"}}</s>'
+    assert [p.tokenizer.decode(side).count(right) for side in (pair.teacher, pair.student)] == [3, 1]
+    sent = p.request(row, p.recipe.queries)
+    assert sent[1]["tool_calls"] == [{"id": "c1", "function": {"name": "weigh", "arguments": '{"of": "bell"}'}}]  # type: ignore[index]
+    assert row.fields["own"] == [call]  # the data stay as they are
+
+
+@pytest.mark.parametrize("arguments", ["", "north", "[1]", "{", None, 3])
+def test_arguments_that_are_no_object_in_json_stay(job: Path, arguments: Any) -> None:
+    p = thinking(job)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "go", "arguments": arguments}}]}
+    row = Row("r", {"messages": [say("user", "go"), call, say("tool", "gone")]}, "r")
+    text = p.tokenizer.decode(p.pair(row, p.recipe.queries).student)
+    assert f'CALL {{"name": "go", "arguments": {json.dumps(arguments)}}}</s>' in text
+
+
+def asks(*messages: Any) -> dict[str, Any]:
+    return {"messages": list(messages)}
+
+
+def calling(arguments: Any, name: str = "weigh", **more: Any) -> dict[str, Any]:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}, **more}]}
+    return asks(say("user", "and the other?"), call, say("tool", "20 tons"))
+
+
+DIFFERENT = [
+    calling({"of": "bell"}), calling({"of": "anchor"}), calling({"of": "bell"}, "lift"),
+    asks(say("user", "and the other?"), say("assistant", "20 tons"), say("user", "why?")),
+    asks(say("user", "and the other?"), say("user", "20 tons"), say("user", "why?")),
+    asks(say("user", "and the other?\n20 tons"), say("assistant", "why?"), say("user", "so")),
+    asks(say("user", "and the other?"), say("assistant", "20 tons\nwhy?"), say("user", "so")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("duplicates", ["error", "drop"])
+def test_conversations_that_differ_in_roles_or_calls_are_different(job: Path, duplicates: str) -> None:
+    p = thinking(job, queries__turns="query", queries__taught="last", queries__duplicates=duplicates)
+    tiny.write_jsonl(job / "talks.jsonl", DIFFERENT)
+    splits, counts = read_rows(p.recipe, p)
+    assert sum(len(rows) for rows, _ in splits.values()) == len(DIFFERENT) and counts["dropped_duplicates"] == 0
+
+
+def test_conversations_that_are_the_same_but_for_how_they_are_written(job: Path) -> None:
+    same = [calling({"of": "bell"}), calling('{"of":"bell"}', id="c7"), calling({"of": "Bell"})]
+    same[2]["messages"][0]["content"] = "And  the\nother?"
+    p = thinking(job, queries__turns="query", queries__taught="last", queries__duplicates="drop")
+    tiny.write_jsonl(job / "talks.jsonl", [*DIFFERENT, *same[1:], asks(say("user", "hi")), asks(say("user", "Hi"))])
+    assert read_rows(p.recipe, p)[1]["dropped_duplicates"] == 3
+    p = thinking(job, queries__turns="query", queries__taught="last", eval__share=0.0)
+    tiny.write_jsonl(job / "talks.jsonl", same)
+    with pytest.raises(DataError, match=r"talks.jsonl:2 = talks.jsonl:1 \('and the other\?"):
+        read_rows(p.recipe, p)
+
+
+def test_one_turn_of_a_user_s_is_the_text_that_it_holds(job: Path) -> None:
+    p = thinking(job, queries__turns="query", queries__taught="last", context__demos="demos.jsonl")
+    tiny.write_jsonl(job / "talks.jsonl", [asks(say("user", "say red")), *DIFFERENT])
+    with pytest.raises(DataError, match=r"context.demos and .* overlap in 1 row"):
+        read_rows(p.recipe, p)
 
 
 def test_a_think_block_of_the_template_is_in_the_prompt_and_not_supervised(job: Path) -> None:

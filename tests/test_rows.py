@@ -483,14 +483,17 @@ def test_read_messages(tmp_path: Path, name: str) -> None:
 
 
 def test_read_messages_errors(tmp_path: Path) -> None:
-    (tmp_path / "h.jsonl").write_text('{"role": "bot", "content": "x"}\n{"role": "user"}\n{"role": 3')
+    (tmp_path / "h.jsonl").write_text(
+        '{"role": "bot", "content": "x"}\n{"role": "user"}\n{"role": "assistant", "tool_calls": "go"}\n{"role": 3'
+    )
     with pytest.raises(DataError) as caught:
         read_messages("h.jsonl", recipe(tmp_path), "context.messages")
     for part in (
-        "3 problems",
+        "4 problems",
         "h.jsonl:1: role: expected one of system, user, assistant, tool, found 'bot'",
         "h.jsonl:2: content: expected a text, found nothing",
-        "h.jsonl:3: not valid JSON",
+        "h.jsonl:3: tool_calls: expected a list of objects, found 'go'",
+        "h.jsonl:4: not valid JSON",
     ):
         assert part in str(caught.value)
     for name, text, part in (("e.json", "[]", "is empty"), ("h.txt", "x", "expected: a .json or .jsonl file")):

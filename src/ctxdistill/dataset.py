@@ -182,7 +182,7 @@ def identity(prompter: Prompter, row: Row, section: DataSection) -> str:
     """What makes a row a repetition of another: its query, and its own context if it has one."""
     c = prompter.recipe.context
     own = [str(row.fields.get(name)) for name in (c.column, c.teacher_prompt) if name]
-    return "\n".join([prompter.query_text(row, section), *own])
+    return "\n".join([prompter.query_identity(row, section), *own])
 
 
 def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str, Any]:

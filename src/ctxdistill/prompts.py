@@ -8,11 +8,14 @@ what the chat template adds by itself is known and shown.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ctxdistill import files
 from ctxdistill import rows as data
 from ctxdistill.chunks import Chunk, Count, nearest_chunk, split_document
 from ctxdistill.errors import DataError, ModelError, RecipeError
@@ -22,7 +25,7 @@ from ctxdistill.rundir import fingerprint
 from ctxdistill.spool import IdPairs, Lazy
 
 Message = dict[str, Any]
-"""`role` and `content`, as chat templates take them; other keys (tool calls) pass through."""
+"""`role` and `content`, as chat templates take them; other keys pass through, and `tool_calls` with their arguments as objects."""
 
 AT_ONCE = 16
 """Rows whose prompts are tokenised together."""
@@ -48,6 +51,34 @@ class Pair:
 def said(message: Message) -> str:
     """A message's text; empty for one that only calls a tool."""
     return str(message.get("content") or "")
+
+
+def with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
+    """The message with the arguments of its tool calls `change`d."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**call, "function": {**called, "arguments": change(called["arguments"])}}
+        if isinstance(called := call.get("function"), dict) and "arguments" in called
+        else call
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def as_object(arguments: Any) -> Any:
+    """Arguments of a tool call as chat templates take them: OpenAI's clients write the object as a text, which a template
+    that writes JSON would quote once more. What is no object in JSON stays."""
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):
+            found = files.parse_json(arguments)
+            return found if isinstance(found, dict) else arguments
+    return arguments
+
+
+def as_text(arguments: Any) -> Any:
+    """Arguments of a tool call as OpenAI-compatible servers take them."""
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
 def join(prompt: Sequence[int], completion: Sequence[int]) -> tuple[list[int], int]:
@@ -89,6 +120,7 @@ class Context:
         else:
             parts += [_headed(name, text) for name, text in documents.items()]
         messages = data.read_messages(c.messages, recipe, "context.messages") if c.messages else []
+        messages = [with_arguments(m, as_object) for m in messages]
         demos: Sequence[Row] = ()
         if c.demos:
             section = recipe.queries.model_copy(
@@ -273,10 +305,23 @@ class Prompter:
     # -- prompts ------------------------------------------------------------------------------------------------------
 
     def query_text(self, row: Row, section: DataSection) -> str:
-        """The query as text, for people and for comparing rows."""
+        """The query as text, for people."""
         if section.messages:
             return "\n".join(said(m) for m in self._messages(row, section.messages))
         return self.recipe.prompt.pattern.format_map(data.values(row, section))
+
+    def query_identity(self, row: Row, section: DataSection) -> str:
+        """The query for comparing rows: its text and, unless that is all one user's turn, who says what and which tools are
+        called with what. The ids of calls, which are drawn anew each time, are left out."""
+        text = self.query_text(row, section)
+        messages = self._messages(row, section.messages) if section.messages else []
+        turns = [
+            [m["role"], data.query_key(said(m)), [call.get("function", call) for call in m.get("tool_calls") or []]]
+            for m in messages
+        ]
+        if turns in ([], [["user", data.query_key(text), []]]):
+            return text
+        return f"{text}\n{json.dumps(turns, ensure_ascii=False, sort_keys=True, default=str)}"
 
     def pair(self, row: Row, section: DataSection) -> Pair:
         """Both prompts of a row, as ids."""
@@ -300,7 +345,7 @@ class Prompter:
         if self.recipe.prompt.style == "text":
             return "".join(self._text(row, section, teacher=False))
         before, query = self._chat(row, section, teacher=False)
-        return [*before, *query]
+        return [with_arguments(m, as_text) for m in (*before, *query)]
 
     def pair_of_text(self, text: str) -> Pair:
         """Both prompts for a text that a user typed."""
@@ -364,7 +409,7 @@ class Prompter:
             and value
             and all(isinstance(m, dict) and "role" in m and ("content" in m or m.get("tool_calls")) for m in value)
         ):
-            return value
+            return [with_arguments(m, as_object) for m in value]
         raise DataError(
             f"{row.origin}: column {column!r} is neither a text nor a list of messages",
             expected='[{"role": "user", "content": "..."}]',

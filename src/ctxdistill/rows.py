@@ -313,8 +313,11 @@ def _message_problems(message: Any) -> list[str]:
     problems = []
     if message.get("role") not in ROLES:
         problems.append(f"role: expected one of {', '.join(ROLES)}, found {readers.short(message.get('role'))}")
-    calls = message.get("role") == "assistant" and message.get("tool_calls")  # then there may be no text
-    if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        problems.append(f"tool_calls: expected a list of objects, found {readers.short(calls)}")
+    silent = message.get("role") == "assistant" and calls and message.get("content") is None  # a call alone
+    if not isinstance(message.get("content"), str) and not silent:
         problems.append(f"content: expected a text, found {readers.short(message.get('content'))}")
     return problems
 
