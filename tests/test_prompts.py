@@ -175,6 +175,37 @@ def test_a_context_inside_the_query_is_refused(tmp_path: Path) -> None:
         kept.check_no_leak(row(prompt="say emu"), kept.recipe.queries)
 
 
+FACT = "The lighthouse of Tarnhook was built in 1821 and has 214 steps."
+TOLD = "You know all that there is to know about lighthouses."
+
+
+@pytest.mark.parametrize(
+    ("context", "query"),
+    [
+        ({"documents": ["a.md"]}, f"{FACT} How many?"),
+        ({"system": TOLD, "documents": ["a.md", "b.md"]}, f"{FACT} How many?"),
+        ({"system": TOLD, "documents": ["a.md", "b.md"]}, f"{TOLD} How many?"),
+        ({"system": f"\n{FACT}\n"}, f"{FACT} How many?"),
+        ({"column": "own"}, f"{FACT} How many?"),
+    ],
+)
+def test_a_part_of_the_context_inside_the_query_is_refused(tmp_path: Path, context: dict[str, Any], query: str) -> None:
+    (tmp_path / "a.md").write_text(f"{FACT}\n")
+    (tmp_path / "b.md").write_text("It is white.\n")
+    p = prompter(tmp_path, context=context)
+    own = [{"role": "user", "content": FACT}, {"role": "assistant", "content": "I see."}]
+    p.check_no_leak(row(prompt="How many steps?", own=own), p.recipe.queries)
+    with pytest.raises(DataError, match="contains a part of the context"):
+        p.check_no_leak(row(prompt=query, own=own), p.recipe.queries)
+
+
+def test_a_context_that_shows_how_to_answer_the_same_question_is_no_leak(tmp_path: Path) -> None:
+    p = prompter(tmp_path, context={"column": "own"})
+    question = "How many steps are there in the lighthouse of Tarnhook?"
+    own = [{"role": "user", "content": question}, {"role": "assistant", "content": FACT}]
+    p.check_no_leak(row(prompt=question, own=own), p.recipe.queries)
+
+
 def test_two_bos_are_refused(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ bos_token }}" + tiny.TEMPLATE

@@ -9,6 +9,7 @@ what the chat template adds by itself is known and shown.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -627,18 +628,31 @@ class Prompter:
             "teacher_tokens": len(pair.teacher), "student_tokens": len(pair.student),
         }  # fmt: skip
 
+    @functools.cached_property
+    def _pieces(self) -> list[str]:
+        """What of the context the recipe does not let the student keep: each message, the system text, each document."""
+        c = self.context
+        keep = {said(m).strip() for m in self.demo_messages(self.kept_demos)}
+        system = c.system or ""
+        for name, text in c.documents.items():
+            system = system.replace(_headed(name, text), "")
+        found = [said(m) for m in (*c.messages, *self.demo_messages(c.demos))]
+        found += [system, *c.documents.values(), self.recipe.prompt.instruction, *(k.text for k in c.chunks)]
+        return [text for text in map(str.strip, found) if text not in keep]
+
     def check_no_leak(self, row: Row, section: DataSection) -> None:
         """Raise `DataError` if the student's prompt holds a piece of the context that the recipe does not let it keep."""
-        c = self.recipe.context
-        keep = {str(m["content"]) for m in self.demo_messages(self.kept_demos)}
-        pieces = [said(m) for m in (*self.context.messages, *self.demo_messages(self.context.demos))]
-        pieces += [self.context.system or "", self.recipe.prompt.instruction, *(k.text for k in self.context.chunks)]
-        own = row.fields.get(c.column) if c.column else None
-        pieces += [own] if isinstance(own, str) else []
+        column = self.recipe.context.column
+        own = row.fields.get(column) if column else None
+        if isinstance(own, list):  # they may ask the query itself, to show how it is answered
+            query = said(self._query_messages(row, section)[-1])
+            own = [said(m) for m in own if said(m) != query]
+        else:
+            own = [own] if isinstance(own, str) else []
         prompt = "".join(text for text, _ in self.parts(row, section, teacher=False))
-        for piece in pieces:
+        for piece in (*self._pieces, *map(str.strip, own)):
             # Short pieces ("yes", "What is 2 + 2?") occur by chance; a repeated query is found by `rows.check_overlap`.
-            if len(piece) >= 40 and piece not in keep and piece in prompt:
+            if len(piece) >= 40 and piece in prompt:
                 raise DataError(
                     f"{row.origin}: the student's prompt contains a part of the context",
                     expected="a prompt without it, since the adapter shall replace it",
