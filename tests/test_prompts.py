@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +274,35 @@ def test_turn_end_comes_from_the_template(tmp_path: Path) -> None:
     p = prompter(tmp_path, tokenizer)
     assert text(p, p.end) == "<|system|>"
     assert p.ends(list(p.end))
+
+
+DATED = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "<|system|>Today: {{ date_string }}</s>" + tiny.TEMPLATE
+)
+DATED_DEFAULT = "{% set now = strftime_now('%d %b %Y') %}" + tiny.TEMPLATE.replace("be kind", "It is {{ now }}.")
+
+
+def dated(folder: Path, template: str, **overrides: Any) -> list[str]:
+    """The notes on a template."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    return prompter(folder, tokenizer, **overrides).template_notes()
+
+
+def test_a_template_that_writes_the_date_is_noted_with_how_to_pin_it(tmp_path: Path) -> None:
+    (note,) = dated(tmp_path, DATED)
+    assert "puts today's date" in note and "both prompts" in note
+    (pin,) = re.findall(r"prompt\.template_kwargs = \{ (date_string = \"\d\d \w+ \d{4}\") \}", note)
+    assert dated(tmp_path, DATED, prompt={"template_kwargs": tomllib.loads(pin)}) == []
+    (note,) = dated(tmp_path, DATED, prompt={"teacher_template_kwargs": tomllib.loads(pin)})
+    assert "the student's prompt" in note
+
+
+def test_a_date_that_only_a_template_s_own_system_prompt_holds(tmp_path: Path) -> None:
+    (note,) = dated(tmp_path, DATED_DEFAULT)
+    assert "the student's prompt" in note and "it has no argument for that" in note  # the teacher has a system prompt
+    assert dated(tmp_path, DATED_DEFAULT, context__student_system="Hello.") == []
 
 
 @pytest.mark.parametrize("style", ["chat", "text"])

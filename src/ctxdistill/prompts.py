@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from ctxdistill import files
@@ -519,11 +520,14 @@ class Prompter:
     def _template(
         self, messages: list[Message] | list[list[Message]], generation: bool, *, teacher: bool, tokenize: bool
     ) -> Any:
-        p = self.recipe.prompt
-        kwargs = {**p.template_kwargs, **(p.teacher_template_kwargs if teacher else p.student_template_kwargs)}
+        kwargs = self._template_kwargs(teacher=teacher)
         return self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=generation, tokenize=tokenize, return_dict=False, **kwargs
         )
+
+    def _template_kwargs(self, *, teacher: bool) -> dict[str, Any]:
+        p = self.recipe.prompt
+        return {**p.template_kwargs, **(p.teacher_template_kwargs if teacher else p.student_template_kwargs)}
 
     def _ids(self, rows: Sequence[Row], section: DataSection, *, teacher: bool) -> list[tuple[int, ...]]:
         """The ids of one side of some rows, tokenised together: the tokenizer then uses all cores."""
@@ -552,9 +556,39 @@ class Prompter:
         except Exception:  # one of them is refused: which, and why, is said when they are rendered alone
             return [self._render(messages, True, teacher=teacher) for messages in chats]
 
+    def _date_note(self) -> list[str]:
+        """That the chat template writes today's date into a prompt, if it does."""
+        template = str(self.tokenizer.chat_template or "")
+        call = re.search(r"(?:(\w+) *= *)?strftime_now\([\"'](.+?)[\"']\)", template)
+        if not call:
+            return []
+        name, date = call[1], datetime.now().strftime(call[2])
+        may_be_given = bool(name and re.search(rf"\b{name} is (not )?defined", template))
+        student = self.recipe.context.student_system is not None
+        told = {"teacher": bool(self.context.system or self.context.chunks), "student": student}
+        sides = []
+        for side, system in told.items():
+            turns = [{"role": "system", "content": "b"}] * system + [{"role": "user", "content": "a"}]
+            given = may_be_given and name in self._template_kwargs(teacher=side == "teacher")
+            if not given and date in self._render(turns, True, teacher=side == "teacher", tokenize=False):
+                sides.append(side)
+        if not sides:
+            return []
+        where = "both prompts" if len(sides) == 2 else f"the {sides[0]}'s prompt"
+        pin = (
+            f'prompt.template_kwargs = {{ {name} = "{date}" }} pins it'
+            if may_be_given
+            else "it has no argument for that"
+        )
+        return [
+            f"the chat template puts today's date ({date}) into {where}: on another day, when the student is served or "
+            f"the run is continued or evaluated again, it is another; {pin}"
+        ]
+
     def template_notes(self) -> list[str]:
-        """What the chat template writes at the start of an answer, where that is a think block or differs between the
-        sides: such text is part of the prompt and never supervised."""
+        """What a reader must know of the chat template: that it writes the date into a prompt, and what it writes at the
+        start of an answer, where that is a think block or differs between the sides: such text is part of the prompt and
+        never supervised."""
         if self.recipe.prompt.style == "text":
             return []
         probe = [{"role": "user", "content": "a"}]
@@ -565,7 +599,8 @@ class Prompter:
                 for generation in (True, False)
             )
             starts[side] = whole.removeprefix(before)
-        found = [
+        found = self._date_note()
+        found += [
             f"the chat template begins the {side}'s answer with {' '.join(start.split())!r}; it is part of the prompt and "
             "is not supervised"
             for side, start in starts.items()
