@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import tiny
-from ctxdistill import cli, pipeline
+from ctxdistill import adapters, cli, pipeline
 from ctxdistill.behaviour import Check
-from ctxdistill.compose import compose
+from ctxdistill.compose import compose, load
 from ctxdistill.crosstalk import groups_of, matrix
 from ctxdistill.dataset import prepare
 from ctxdistill.errors import DataError, ModelError, RecipeError, RunError
@@ -155,6 +155,44 @@ def test_the_sum_is_the_sum_of_the_updates(runs: list[Path], tmp_path: Path, lla
         fresh = LM.load(Recipe.from_dict(tiny.recipe_dict(tmp_path, model={"name": str(llama)})).model).model
         fast = PeftModel.from_pretrained(fresh, str(tmp_path / "sum/adapter")).eval()(ids).logits
     torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-3)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.tensor([[0, 5, 6, 7, 8, 9]])).logits
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
+@pytest.mark.parametrize("methods", [("lora", "lora"), ("rslora", "rslora"), ("rslora", "lora"), ("lora", "rslora")], ids="-".join)
+def test_adapters_of_every_scaling_are_summed(job: Path, methods: tuple[str, str]) -> None:
+    from peft import PeftModel
+
+    section = Recipe.from_dict(tiny.recipe_dict(job), base_dir=job).model
+    shapes, weights = ({"rank": 4, "alpha": 8.0}, {"rank": 2, "alpha": 3.0, "targets": ["q_proj"]}), (0.7, -0.4)
+    folders, alone = [], []
+    for seed, (method, shape) in enumerate(zip(methods, shapes, strict=True)):
+        lm = LM.load(section, job)
+        lm.add_adapter(LoraSection.model_validate({"method": method, **shape}), 0)
+        tiny.disturb(lm, seed)
+        adapters.save(lm.peft, job / str(seed) / "adapter")
+        folders.append(RunDir(job / str(seed)))
+        alone.append(logits(lm.peft))
+    lm = LM.load(section, job)
+    base = {name: p.detach().clone() for name, p in lm.model.named_parameters()}
+    load(lm, folders, ["one", "two"], weights)
+    for name, want in zip(("one", "two"), alone, strict=True):  # adding them up leaves them as they were
+        lm.peft.set_adapter(name)
+        torch.testing.assert_close(logits(lm.peft), want)
+    slow = LM.load(section, job).model
+    with torch.no_grad():
+        for folder, weight in zip(folders, weights, strict=True):
+            merged = PeftModel.from_pretrained(LM.load(section, job).model, str(folder / "adapter")).merge_and_unload()
+            for (name, p), q in zip(slow.named_parameters(), merged.parameters(), strict=True):
+                p.add_(weight * (q - base[name]))
+    lm.peft.set_adapter("composed")
+    saved = adapters.save(lm.peft, job / "sum", "composed")
+    for model in (lm.peft, PeftModel.from_pretrained(LM.load(section, job).model, str(saved))):
+        torch.testing.assert_close(logits(model), logits(slow), rtol=1e-3, atol=1e-3)
 
 
 def test_a_sum_is_measured_on_the_rows_of_every_run(runs: list[Path], tmp_path: Path) -> None:

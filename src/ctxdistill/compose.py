@@ -123,6 +123,8 @@ def load(lm: LM, folders: Sequence[RunDir], names: Sequence[str], weights: Seque
         for folder, name in zip(folders[1:], names[1:], strict=True):
             adapters.settings_of(folder / "adapter")
             lm.peft.load_adapter(str(folder / "adapter"), adapter_name=name)
+        # peft copies these settings into the sum, whose own factor must be 1: that of each adapter goes into its tensors
+        lm.peft.peft_config[names[0]].use_rslora = False
         lm.peft.add_weighted_adapter(list(names), list(weights), "composed", combination_type="cat")
     lm.training(False)
 
