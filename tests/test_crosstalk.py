@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,9 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
-@pytest.mark.parametrize("methods", [("lora", "lora"), ("rslora", "rslora"), ("rslora", "lora"), ("lora", "rslora")], ids="-".join)
+@pytest.mark.parametrize(
+    "methods", [("lora", "lora"), ("rslora", "rslora"), ("rslora", "lora"), ("lora", "rslora")], ids="-".join
+)
 def test_adapters_of_every_scaling_are_summed(job: Path, methods: tuple[str, str]) -> None:
     from peft import PeftModel
 
@@ -226,6 +229,30 @@ def test_what_cannot_be_summed(runs: list[Path], tmp_path: Path, job: Path) -> N
     pipeline.distill(Recipe.from_dict(raw, base_dir=other), other / "run")
     with pytest.raises(ModelError, match="different base models"):
         compose({runs[0]: 1.0, other / "run": 1.0}, tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("reads", "found"),
+    [
+        ({"prompt": {"pattern": "[{voice}] {prompt}"}}, r"no column 'voice' for the pattern '\[{voice}\] {prompt}'"),
+        ({"context": {"column": "voice"}}, "column 'voice' is neither a text"),
+        (
+            {"context": {"documents": ["a.md"], "chunk_tokens": 40, "chunk_overlap": 0, "chunk_column": "voice"}},
+            "names none",
+        ),
+    ],
+)
+def test_rows_that_another_run_cannot_read(runs: list[Path], job: Path, reads: dict[str, Any], found: str) -> None:
+    raw = tiny.recipe_dict(job, train__epochs=1, eval__latency_rows=0, behaviour={"unrelated": 0}, **reads)
+    (job / "a.md").write_text("Shout every word.")
+    for path in job.glob("*.jsonl"):
+        tiny.write_jsonl(path, [{**row, "voice": "a.md:1"} for row in tiny.read_jsonl(path)])
+    pipeline.distill(Recipe.from_dict(raw, base_dir=job), job / "run")
+    measured: list[Any] = []
+    with pytest.raises(RecipeError, match="the rows of shout cannot be put to the teacher of run") as caught:
+        compose({runs[0]: 1.0, job / "run": 1.0}, job / "sum", progress=lambda *told: measured.append(told))
+    assert re.search(found, caught.value.found) and "columns of both recipes" in caught.value.fix
+    assert not measured and not (job / "sum").exists()
 
 
 def test_the_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,11 +17,12 @@ from typing import Any
 
 from ctxdistill import adapters
 from ctxdistill.behaviour import Check
-from ctxdistill.crosstalk import CLOSED, matrix
-from ctxdistill.dataset import prepare, stored_recipe
-from ctxdistill.errors import ModelError, RunError
+from ctxdistill.crosstalk import CLOSED, Group, matrix
+from ctxdistill.dataset import Data, prepare, stored_recipe
+from ctxdistill.errors import DataError, ModelError, RecipeError, RunError
 from ctxdistill.evaluate import teacher_targets
 from ctxdistill.lm import LM
+from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress, reading, write_atomic
 from ctxdistill.store import TargetStore
@@ -37,7 +38,8 @@ def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Prog
     Returns what `compose.json` holds: `names`, `weights`, `rank`; `alone`, KL closed on the rows of one run (first key) by
     the adapter of another; `closed`, the same by the sum; `kl`, `nearest`, `good` and `reasons` of the cross-talk matrix.
 
-    Raises: `RunError` for fewer than two runs or an `out` that is there; `ModelError` for adapters that cannot be summed.
+    Raises: `RunError` for fewer than two runs or an `out` that is there; `ModelError` for adapters that cannot be summed;
+    `RecipeError` for rows of one run that another's recipe cannot read. All before anything is measured.
     """
     folders = [RunDir.existing(run) for run in runs]
     names = distinct([folder.path for folder in folders])
@@ -53,6 +55,7 @@ def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Prog
         _, prompter, data = prepare(recipe, folder.path, lm=lm)
         prompters.append(prompter)
         rows.append(data)
+    groups = crossed(names, prompters, rows)
     load(lm, folders, names, list(runs.values()))
     stores = [TargetStore.of(recipe, folder.path) for recipe, folder in zip(recipes, folders, strict=True)]
     checks = [Check(r, lm, p, s) for r, p, s in zip(recipes, prompters, stores, strict=True)]
@@ -68,13 +71,6 @@ def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Prog
             alone[name][other] = check.closed(check.scores(pairs, targets), base)
         progress and progress("adapters alone", len(alone), len(names))
     lm.peft.set_adapter("composed")
-    groups = {}
-    for name, data in zip(names, rows, strict=True):
-        queries, section = data.splits["eval"]
-        groups[name] = {
-            other: [prompter.pair(row, section) for row in queries[:ROWS]]
-            for other, prompter in zip(names, prompters, strict=True)
-        }
     with tempfile.TemporaryDirectory() as place:  # what one context's teacher says of another's rows belongs to no run
         check = Check(recipes[0], lm, prompters[0], TargetStore(Path(place)))
         found = matrix(check, groups, progress or no_progress)
@@ -114,6 +110,27 @@ def check_same(folders: Sequence[RunDir], recipes: Sequence[Recipe]) -> None:
                 expected='lora.method = "lora" or "rslora"',
                 found=f'"{recipe.lora.method}", which is not a sum of products of two factors',
             )
+
+
+def crossed(names: Sequence[str], prompters: Sequence[Prompter], rows: Sequence[Data]) -> Mapping[str, Group]:
+    """The first held-out rows of each run, with the prompts of every run. Raises `RecipeError` for rows that another run's
+    recipe cannot read."""
+    groups: dict[str, dict[str, list[Pair]]] = {name: {} for name in names}
+    for name, data in zip(names, rows, strict=True):
+        queries, section = data.splits["eval"]
+        for other, prompter in zip(names, prompters, strict=True):
+            try:
+                groups[name][other] = [prompter.pair(row, section) for row in queries[:ROWS]]
+            except (KeyError, DataError) as error:
+                lacking = f"no column {error} for the pattern {prompter.recipe.prompt.pattern!r}"
+                raise RecipeError(
+                    f"the rows of {name} cannot be put to the teacher of {other}",
+                    expected=f"held-out rows with all that the recipe of {other} reads",
+                    found=error.message if isinstance(error, DataError) else lacking,
+                    fix="distil again with rows that have the columns of both recipes (prompt.pattern, context.column, "
+                    "context.chunk_column)",
+                ) from None
+    return groups
 
 
 def load(lm: LM, folders: Sequence[RunDir], names: Sequence[str], weights: Sequence[float]) -> None:
