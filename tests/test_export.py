@@ -126,6 +126,24 @@ def test_the_end_of_an_answer_ends_the_merged_model(made: dict[str, dict[str, An
     assert settings["eos_token_id"] == [1]
 
 
+def test_sampling_settings_that_the_base_does_not_use_are_left_out(finished: Path, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path)
+    shutil.copytree(finished.parent / "model", tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    settings = json.loads(path.read_text()) | {"temperature": 0.9, "top_p": 0.6, "top_k": 7, "max_length": 99}
+    path.write_text(json.dumps(settings))
+    made = json.loads((run / "recipe.json").read_text())
+    base = str(finished.parent / "model")
+    (run / "recipe.json").write_text(json.dumps(made).replace(base, str(tmp_path / "model")))
+    names = {"temperature", "top_p", "top_k"}
+    for sampling in (False, True):
+        path.write_text(json.dumps(settings | {"do_sample": sampling}))
+        out = exports.export(run, "merged", tmp_path / "out")["folder"]
+        found = json.loads((Path(out) / "generation_config.json").read_text())
+        assert names & set(found) == (names if sampling else set())
+        assert found["max_length"] == 99 and found["eos_token_id"] == [1]
+
+
 # -- Ollama -----------------------------------------------------------------------------------------------------------
 
 

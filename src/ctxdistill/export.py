@@ -35,6 +35,8 @@ from ctxdistill.weights import load_tokenizer, loading, locate
 ROWS = 8
 """Held-out rows on which merged weights are compared with the adapter."""
 MANIFEST = "export.json"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Settings of transformers that say how to sample."""
 
 
 @dataclass
@@ -114,10 +116,13 @@ def merged(job: Job) -> list[str]:
     """One set of weights, as transformers and vLLM load any model, in the base's own type of numbers."""
     dtype = job.config.dtype or torch.float32
     model = merge(job, dtype)
+    settings = model.generation_config
     if job.end is not None:
-        known = model.generation_config.eos_token_id
+        known = settings.eos_token_id
         ends = {*(known if isinstance(known, list) else [known]), job.tokenizer.eos_token_id, job.end} - {None}
-        model.generation_config.eos_token_id = sorted(ends)
+        settings.eos_token_id = sorted(ends)
+    if not settings.do_sample:  # transformers reads such settings, but does not write them
+        settings.update(**dict.fromkeys(SAMPLING))
     model.to(dtype).save_pretrained(job.out)
     job.tokenizer.save_pretrained(job.out)
     return [
