@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import tiny
 from ctxdistill import adapters, cli, pipeline
@@ -210,6 +211,16 @@ def test_a_sum_is_measured_on_the_rows_of_every_run(runs: list[Path], tmp_path: 
     assert json.loads((tmp_path / "sum/compose.json").read_text())["good"] is False
     assert "Not good" in (tmp_path / "sum/adapter/README.md").read_text()
     assert {p.name for p in (tmp_path / "sum").iterdir()} == {"adapter", "compose.json"}
+
+
+def test_a_sum_that_cannot_be_written(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(adapters, "save", full)
+    with pytest.raises(RunError, match=f"the disk is full: cannot write {tmp_path / 'sum'}"):
+        compose({runs[0]: 1.0, runs[1]: 1.0}, tmp_path / "sum")
+    assert not (tmp_path / "sum").exists()
 
 
 def test_what_cannot_be_summed(runs: list[Path], tmp_path: Path, job: Path) -> None:

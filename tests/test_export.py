@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shlex
 import shutil
 from pathlib import Path
@@ -242,6 +243,27 @@ def test_an_export_that_fails_leaves_the_old_one(
     assert (out / "export.json").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["out"]
     exports.export(finished, "gguf-adapter", out)
     assert not (out / "adapter_model.safetensors").exists()  # replaced, not mixed
+
+
+@pytest.mark.parametrize("form", ["peft", "merged", "gguf"])
+def test_a_disk_that_takes_no_more_is_an_error_that_helps(finished: Path, tmp_path: Path, form: str) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
+    try:
+        with pytest.raises(RunError, match=f"cannot write {tmp_path}"):
+            exports.export(finished, form, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_adapter_is_called_so(finished: Path, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path)
+    with open(run / "adapter" / "adapter_model.safetensors", "r+b") as file:
+        file.truncate(500)
+    for form in ("peft", "merged"):
+        with pytest.raises(RunError, match="is damaged"):
+            exports.export(run, form)
 
 
 def test_a_run_without_an_adapter_has_nothing_to_export(finished: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import tiny
@@ -23,7 +24,8 @@ from ctxdistill.dataset import explicit, prepare, stored_recipe
 from ctxdistill.errors import DataError, FitError, GateError, ModelError, RunError
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection, Recipe
-from ctxdistill.rundir import RunDir, write_atomic
+from ctxdistill.rundir import RunDir, write_atomic, writing
+from ctxdistill.weights import loading
 
 
 def recipe(job: Path, **overrides: Any) -> Recipe:
@@ -252,6 +254,21 @@ def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RunError, match="the disk is full"):
         write_atomic(tmp_path / "a.json", "{}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError("100000 requested and 16352 written"),  # numpy's, in a GGUF file
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_known_whoever_writes(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(RunError, match=f"the disk is full: cannot write {tmp_path}"), writing(tmp_path):
+        raise error
+    with pytest.raises(RunError, match="the disk is full"), loading("a model that is converted into the cache"):
+        raise error
 
 
 def test_two_processes_cannot_share_a_folder(job: Path) -> None:

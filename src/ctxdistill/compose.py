@@ -24,7 +24,7 @@ from ctxdistill.evaluate import teacher_targets
 from ctxdistill.lm import LM
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
-from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress, reading, write_atomic
+from ctxdistill.rundir import Progress, RunDir, no_progress, reading, write_atomic, writing
 from ctxdistill.store import TargetStore
 from ctxdistill.weights import quiet_peft
 
@@ -149,7 +149,7 @@ def load(lm: LM, folders: Sequence[RunDir], names: Sequence[str], weights: Seque
 def save(lm: LM, out: Path, found: Mapping[str, Any], paths: Sequence[Path]) -> None:
     """The folder, whole or not at all."""
     beside = out.with_name(f".{out.name}.tmp")
-    try:
+    with writing(out):
         shutil.rmtree(beside, ignore_errors=True)
         os.replace(adapters.save(lm.peft, beside, "composed"), beside / "adapter")
         (beside / "README.md").unlink(missing_ok=True)
@@ -157,8 +157,6 @@ def save(lm: LM, out: Path, found: Mapping[str, Any], paths: Sequence[Path]) -> 
         run.write_json("compose.json", {**found, "runs": [str(path) for path in paths]})
         write_atomic(beside / "adapter" / "README.md", card(found))
         os.replace(beside, out)
-    except OSError as error:
-        raise disk_error(out, error) from None
 
 
 def card(found: Mapping[str, Any]) -> str:

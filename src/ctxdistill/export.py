@@ -29,7 +29,7 @@ from ctxdistill.lm import LM
 from ctxdistill.prompts import Pair, Prompter, join
 from ctxdistill.recipe import Recipe
 from ctxdistill.report import VLLM_RANKS, slug, write_card
-from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress, write_atomic
+from ctxdistill.rundir import Progress, RunDir, no_progress, write_atomic, writing
 from ctxdistill.weights import load_tokenizer, loading, locate
 
 ROWS = 8
@@ -93,10 +93,10 @@ class Job:
 def peft(job: Job) -> list[str]:
     """The adapter as PEFT, vLLM and transformers load it, with the tokenizer and chat template it was trained with."""
     adapter = job.run / "adapter"
+    settings = settings_of(adapter)
     tensors = load_file(adapter / "adapter_model.safetensors")
     scaled = {name: t * job.strength if ".lora_B." in name else t for name, t in tensors.items()}
     save_file(scaled, job.out / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = settings_of(adapter)
     settings |= {"base_model_name_or_path": job.source, "revision": job.recipe.model.revision}
     write_atomic(job.out / "adapter_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     job.tokenizer.save_pretrained(job.out)
@@ -206,7 +206,7 @@ def export(
         out: the folder; default `RUN/export/FORMAT`. An older export there is replaced.
         strength: factor of the adapter, within the files. 0 gives the base.
 
-    Raises: `RunError` for an unfinished run or a folder of something else, `ModelError` for a model the format lacks.
+    Raises: `RunError` for an unfinished run, a folder of something else or a full disk, `ModelError` for a model the format lacks.
     """
     folder = RunDir.existing(run)
     folder.refuse_links()
@@ -217,22 +217,21 @@ def export(
         raise RunError(f"{final} holds something else than an export", fix="choose another folder with --out")
     beside = final.with_name(f".{final.name}.tmp")
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        recipe = stored_recipe(folder)
-        _check_kind(recipe.lora.method, format, strength)
-        job = Job(folder, recipe, folder.read_json("recipe.json"), beside, final, strength, progress)
-        serve = FORMATS[format](job)
-        found = describe(job, format)
-        write_card(folder.path, beside, {**found, "serve": [elsewhere(job, command) for command in serve]})
-        for file in beside.iterdir():
-            file.chmod(0o644)  # safetensors are written for the owner alone; a server often runs as somebody else
-        found["files"] = {p.name: p.stat().st_size for p in sorted(beside.iterdir())}
-        write_atomic(beside / MANIFEST, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(beside, final)
-    except OSError as error:
-        raise disk_error(final, error) from None
+        with writing(final):
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            recipe = stored_recipe(folder)
+            _check_kind(recipe.lora.method, format, strength)
+            job = Job(folder, recipe, folder.read_json("recipe.json"), beside, final, strength, progress)
+            serve = FORMATS[format](job)
+            found = describe(job, format)
+            write_card(folder.path, beside, {**found, "serve": [elsewhere(job, command) for command in serve]})
+            for file in beside.iterdir():
+                file.chmod(0o644)  # safetensors are written for the owner alone; a server often runs as somebody else
+            found["files"] = {p.name: p.stat().st_size for p in sorted(beside.iterdir())}
+            write_atomic(beside / MANIFEST, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(beside, final)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return {"folder": str(final), **found, "serve": serve}

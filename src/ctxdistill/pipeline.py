@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from ctxdistill import adapters, engines, generic, groups, losses, processes, programs, sandbox, synthesis, trackers
 from ctxdistill import evaluate as evaluation
 from ctxdistill import plan as planning
@@ -32,13 +30,13 @@ from ctxdistill.cluster import label_spread
 from ctxdistill.compose import compose
 from ctxdistill.crosstalk import groups_of, matrix
 from ctxdistill.dataset import Data, claim, describe, prepare, read_rows, stored_recipe, synthesize
-from ctxdistill.errors import DataError, GateError, ModelError, RecipeError, RunError
+from ctxdistill.errors import DataError, GateError, ModelError, RecipeError
 from ctxdistill.lm import LM, common_prefix
 from ctxdistill.objective import Example
 from ctxdistill.policy import Rounds
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
-from ctxdistill.rundir import Progress, RunDir, disk_error, no_progress, reading
+from ctxdistill.rundir import Progress, RunDir, no_progress, reading, writing
 from ctxdistill.session import Piece, Session
 from ctxdistill.spool import Lazy
 from ctxdistill.store import TargetStore
@@ -514,15 +512,11 @@ def save_prompts(
 def save_adapter(lm: LM, run: RunDir) -> None:
     """`adapter/` in PEFT's format, whole or not at all."""
     beside, folder = run / ".adapter.tmp", run / "adapter"
-    try:
+    with writing(folder):
         shutil.rmtree(beside, ignore_errors=True)
         adapters.save(lm.peft, beside)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
-    except OSError as error:
-        raise disk_error(folder, error) from None
-    except SafetensorError as error:
-        raise RunError(f"cannot write {folder}: {error}", fix="free some space, then go on with --resume") from None
 
 
 __all__ = [

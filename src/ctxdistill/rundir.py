@@ -14,14 +14,19 @@ import hashlib
 import json
 import os
 import platform
+import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ctxdistill import files
 from ctxdistill.errors import CtxDistillError, RunError
 
+FULL = re.compile(r"\(os error 28\)|requested and \d+ written")
+"""What safetensors and numpy say of a full disk, with no number to tell it by."""
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while something long goes on."""
 
@@ -67,15 +72,31 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             beside.unlink(missing_ok=True)
 
 
-def disk_error(path: Path, error: OSError, size: int = 0) -> RunError:
+def is_full(error: Exception) -> bool:
+    """Whether a write failed since the disk is full."""
+    return getattr(error, "errno", None) == errno.ENOSPC or bool(FULL.search(str(error)))
+
+
+def disk_error(path: Path, error: Exception, size: int = 0) -> RunError:
     """The error for a write that failed."""
-    if error.errno == errno.ENOSPC:
+    if is_full(error):
         return RunError(
             f"the disk is full: cannot write {path}",
-            expected=f"{size / 1e6:.1f} MB free",
-            fix="free some space, then go on with --resume: nothing that was finished is lost",
+            expected=f"{size / 1e6:.1f} MB free" if size else "",
+            fix="free some space, then run it again (a run goes on with --resume): nothing that was finished is lost",
         )
-    return RunError(f"cannot write {path}: {error.strerror or error}", fix="choose another folder with --out")
+    return RunError(
+        f"cannot write {path}: {getattr(error, 'strerror', None) or error}", fix="choose another folder with --out"
+    )
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, a write that fails, by safetensors too, raises `RunError` about `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise disk_error(path, error) from None
 
 
 class RunDir:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import hashlib
 import importlib.util
 import json
@@ -30,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ctxdistill import files, processes
 from ctxdistill.errors import CtxDistillError, ModelError, RunError
 from ctxdistill.recipe import ModelSection
-from ctxdistill.rundir import disk_error, fingerprint, write_atomic
+from ctxdistill.rundir import disk_error, fingerprint, is_full, write_atomic
 
 MOST_LAYERS = 1000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -138,7 +137,7 @@ def loading(name: str) -> Iterator[None]:
     except CtxDistillError:
         raise
     except Exception as error:  # the libraries that read somebody's files raise what they like
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if is_full(error):
             raise disk_error(cache_dir(), error) from None
         raise ModelError(
             f"cannot load the model {name!r}",
