@@ -226,6 +226,20 @@ def test_a_folder_of_something_else_is_left_alone(finished: Path, tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("out", [".", "..", "../here"])
+def test_the_current_folder_is_not_replaced(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(RunError, match=f"{tmp_path}.* (is the current folder|holds something else)"):
+        exports.export(finished, "peft", out)
+    (tmp_path / "here" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match=f"{tmp_path}.* holds something else"):
+        exports.export(finished, "peft", out)
+    assert exports.export(finished, "peft", "../here/new")["folder"] == str(tmp_path / "here" / "new")
+
+
 def test_an_export_that_fails_leaves_the_old_one(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

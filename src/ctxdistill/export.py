@@ -210,11 +210,13 @@ def export(
     """
     folder = RunDir.existing(run)
     folder.refuse_links()
-    final = Path(out) if out else folder / "export" / format
+    final = Path(out).resolve() if out else folder / "export" / format
     if not (folder / "adapter" / "adapter_model.safetensors").is_file():
         raise RunError(f"{folder.path} has no adapter yet", fix="finish the run with --resume")
     if final.exists() and not (final / MANIFEST).is_file() and (not final.is_dir() or any(final.iterdir())):
         raise RunError(f"{final} holds something else than an export", fix="choose another folder with --out")
+    if Path.cwd().is_relative_to(final):  # it would be gone under whoever stands in it
+        raise RunError(f"{final} is the current folder, or holds it", fix="choose another folder with --out")
     beside = final.with_name(f".{final.name}.tmp")
     try:
         with writing(final):
