@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -259,6 +260,35 @@ def test_without_llama_cpp_it_says_what_to_do(finished: Path, tmp_path: Path, mo
     monkeypatch.setenv("CTXDISTILL_LLAMA_SERVER", str(tmp_path / "no such program"))
     with pytest.raises(ModelError, match="cannot start"):
         checks.check(tmp_path / "out", finished, rows=1)
+
+
+LOADED = """#!{python}
+import http.server, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{{"data": [{{"id": "model.gguf"}}]}}')
+
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+"""A llama-server that is ready at once."""
+
+
+def test_a_server_on_this_machine_is_asked_without_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "llama-server"
+    program.write_text(LOADED.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("CTXDISTILL_LLAMA_SERVER", str(program))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setattr(runtimes, "START_SECONDS", 5)
+    with runtimes.llama_server(tmp_path / "model.gguf", None, tiny.tokenizer(), context=64) as stack:
+        assert stack.model == "model.gguf"
+        with pytest.raises(RunError, match="does not answer"):  # others are asked through it
+            runtimes.Endpoint("http://example.invalid", tiny.tokenizer())
 
 
 def test_the_template_of_a_modelfile_is_read_as_ollama_does(finished: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ctxdistill.endpoint import Endpoint
+from ctxdistill.endpoint import Endpoint, is_loopback
 from ctxdistill.errors import ModelError, RecipeError
 from server import completion, serve
 
@@ -34,6 +34,31 @@ def test_texts_come_in_order_with_their_seeds(monkeypatch: pytest.MonkeyPatch) -
         "model": "big", "messages": ASK[3], "temperature": 0.5, "max_tokens": 9, "seed": 103,
     }  # fmt: skip
     assert [i for i, (_, ended) in enumerate(found) if not ended] == [7]
+
+
+def test_a_server_on_this_machine_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with serve(lambda body, number: (200, completion("yes"), {})) as (url, seen):
+        for address in (url, url.replace("127.0.0.1", "localhost")):
+            assert endpoint(address).write([[]], [0]) == [("yes", True)]
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        ("http://localhost:8000/v1", True),
+        ("http://127.0.0.2", True),
+        ("http://[::1]:80/v1", True),
+        ("http://localhost.example.org/v1", False),
+        ("http://10.0.0.1:8000", False),
+        ("http://[::1", False),
+    ],
+)
+def test_which_addresses_are_this_machine(url: str, local: bool) -> None:
+    assert is_loopback(url) is local
 
 
 def test_what_may_pass_is_tried_again_with_pauses() -> None:

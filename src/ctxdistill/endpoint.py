@@ -8,6 +8,7 @@ carry it to another host, are not followed; an answer is bounded in size; what m
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
 import os
 import time
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from ctxdistill import files
 from ctxdistill.errors import ModelError, RecipeError
@@ -31,6 +33,21 @@ WRONG = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 T = TypeVar("T")
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 """Statuses that may pass."""
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is on this machine."""
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name, or no address at all
+        return False
+
+
+def opener_of(url: str, *handlers: Any) -> urllib.request.OpenerDirector:
+    """What opens `url`: through the proxy that the environment names, but on this machine without: a proxy may not reach it."""
+    direct = [urllib.request.ProxyHandler({})] if is_loopback(url) else []
+    return urllib.request.build_opener(*direct, *handlers)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -84,7 +101,7 @@ class Server:
         request = urllib.request.Request(
             f"{self.url.rstrip('/')}/{path}", json.dumps(body).encode(), headers, method="POST"
         )
-        opener = urllib.request.build_opener(_NoRedirect)
+        opener = opener_of(self.url, _NoRedirect)
         for tried in range(self.retries + 1):
             pause = min(LONGEST_PAUSE, 2.0**tried)
             try:

@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctxdistill import files
 from ctxdistill.adapters import settings_of
+from ctxdistill.endpoint import opener_of
 from ctxdistill.errors import ModelError, RunError, redact
 from ctxdistill.prompts import Message
 from ctxdistill.weights import loading, quiet_peft
@@ -155,7 +156,7 @@ class Endpoint:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=600) as response:
+            with opener_of(self.url).open(request, timeout=600) as response:
                 raw = response.read(files.MAX_JSON + 1)
             if len(raw) > files.MAX_JSON or not isinstance(answer := files.parse_json(raw.decode()), dict):
                 raise ValueError("its answer is no object, or larger than 256 MB")
@@ -299,8 +300,9 @@ def llama_server(
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Any) -> None:
     """Return when the server says that it is ready. Raises `ModelError` with its last words when it ends or takes too long."""
+    opener = opener_of(url)
     for _ in range(START_SECONDS * 10):
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as response:
+        with contextlib.suppress(OSError), opener.open(url, timeout=5) as response:
             if response.status == 200:
                 return
         if process.poll() is not None:
