@@ -226,6 +226,45 @@ def test_servers_that_cannot_be_compared_are_errors(finished: Path, peft: Path, 
     with pytest.raises(RunError, match="does not answer") as caught:
         checks.check(peft, finished, endpoint="http://127.0.0.1:9", rows=1)
     assert "start the server" in caught.value.fix
+    with pytest.raises(RunError, match="does not answer"):
+        checks.check(peft, finished, endpoint="localhost", rows=1)
+
+
+CHOICE = {"message": {"content": "x"}, "finish_reason": "stop",
+          "logprobs": {"content": [{"token": "b", "logprob": -1.0, "top_logprobs": [{"token": "b", "logprob": -1.0}]}]}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"choices": [CHOICE]},
+        {"choices": [], "usage": {"prompt_tokens": 1}},
+        {"choices": ["x"], "usage": {"prompt_tokens": 1}},
+        {"error": {"message": "busy"}},
+        {
+            "choices": [{**CHOICE, "logprobs": {"content": [{"token": "b", "top_logprobs": None}]}}],
+            "usage": {"prompt_tokens": 1},
+        },
+        {"choices": [{**CHOICE, "logprobs": {"content": None}}], "usage": {"prompt_tokens": 1}},
+        {"choices": [CHOICE], "usage": {"prompt_tokens": "many"}},
+    ],
+)
+def test_an_answer_of_another_form_is_an_error(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]) -> None:
+    monkeypatch.setattr(
+        runtimes.Endpoint, "call", lambda self, path, body=None: {"data": []} if body is None else answer
+    )
+    stack = runtimes.Endpoint("http://x", tiny.tokenizer())
+    assert stack.prompt_ids([{"role": "user", "content": "x"}]) is None  # it may only count
+    with pytest.raises(RunError, match="answers /v1/chat/completions in another form") as caught:
+        stack.answer([{"role": "user", "content": "x"}], 4)
+    assert "prompt_tokens" in caught.value.expected and json.dumps(answer)[:40] in caught.value.found
+
+
+@pytest.mark.parametrize("listed", [{"data": "tiny"}, {"data": [{"name": "tiny"}]}, {"data": {"id": "tiny"}}])
+def test_a_list_of_models_of_another_form_is_an_error(monkeypatch: pytest.MonkeyPatch, listed: dict[str, Any]) -> None:
+    monkeypatch.setattr(runtimes.Endpoint, "call", lambda self, path, body=None: listed)
+    with pytest.raises(RunError, match="answers /v1/models in another form"):
+        runtimes.Endpoint("http://x", tiny.tokenizer())
 
 
 def test_both_forms_of_log_probabilities_are_read() -> None:

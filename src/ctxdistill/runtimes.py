@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctxdistill import files
 from ctxdistill.adapters import settings_of
-from ctxdistill.endpoint import opener_of
+from ctxdistill.endpoint import WRONG, opener_of
 from ctxdistill.errors import ModelError, RunError, redact
 from ctxdistill.prompts import Message
 from ctxdistill.weights import loading, quiet_peft
@@ -148,14 +148,16 @@ class Endpoint:
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/").removesuffix("/v1")
         self.name = self.name or redact(f"the server at {self.url}")
-        listed = self.call("/v1/models").get("data") or []
-        self.model = self.model or (listed[0]["id"] if listed else "default")
+        found = self.call("/v1/models")
+        with self.understood("/v1/models", found, '{"data": [{"id": the name of a model}, ...]}'):
+            listed = [str(entry["id"]) for entry in found.get("data") or []]
+        self.model = self.model or (listed[0] if listed else "default")
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Ask the server. Raises `RunError` when it cannot be reached or refuses."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
+            request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
             with opener_of(self.url).open(request, timeout=600) as response:
                 raw = response.read(files.MAX_JSON + 1)
             if len(raw) > files.MAX_JSON or not isinstance(answer := files.parse_json(raw.decode()), dict):
@@ -168,14 +170,28 @@ class Endpoint:
             fix = "start the server, and give its address with --endpoint http://HOST:PORT"
             raise RunError(f"{self.name} does not answer", found=str(error), fix=fix) from None
 
+    @contextlib.contextmanager
+    def understood(self, path: str, answer: dict[str, Any], expected: str) -> Iterator[None]:
+        """Inside, what is wrong with the form of the server's answer raises `RunError`."""
+        try:
+            yield
+        except WRONG as error:
+            raise RunError(
+                f"{self.name} answers {path} in another form than OpenAI's interface",
+                expected=expected,
+                found=f"{json.dumps(answer)[:300]} ({type(error).__name__}: {error})",
+                fix="use a newer version of the server, or check the export itself without --endpoint",
+            ) from None
+
     def prompt_ids(self, request: Request) -> list[int] | None:
         chat = {"messages": request, "chat_template_kwargs": self.template_kwargs}
-        with contextlib.suppress(RunError):  # llama-server
+        with contextlib.suppress(RunError, *WRONG):  # llama-server
             text = request if isinstance(request, str) else self.call("/apply-template", chat)["prompt"]
             body = {"content": text, "prompt": text, "model": self.model, "add_special": True, "parse_special": True}
-            return list(self.call("/tokenize", body)["tokens"])
-        with contextlib.suppress(RunError):  # vLLM
-            return list(self.call("/tokenize", {**chat, "model": self.model, "add_generation_prompt": True})["tokens"])
+            return [int(i) for i in self.call("/tokenize", body)["tokens"]]
+        with contextlib.suppress(RunError, *WRONG):  # vLLM
+            body = {**chat, "model": self.model, "add_generation_prompt": True}
+            return [int(i) for i in self.call("/tokenize", body)["tokens"]]
         return None
 
     def answer(self, request: Request, limit: int, *, base: bool = False) -> Answer | None:
@@ -185,27 +201,29 @@ class Endpoint:
         if self.lora:
             body["lora"] = [{"id": 0, "scale": 0.0 if base else 1.0}]
         if isinstance(request, str):
-            found = self.call("/v1/completions", {**body, "prompt": request, "logprobs": TOP, "stop": self.stop})
+            path, body = "/v1/completions", {**body, "prompt": request, "logprobs": TOP, "stop": self.stop}
         else:
             more = {"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}
             chat = {"messages": request, "logprobs": True, "top_logprobs": TOP}
-            found = self.call("/v1/chat/completions", {**body, **chat, **more})
-        choice = found["choices"][0]
-        if not choice.get("logprobs"):
-            raise RunError(
-                f"{self.name} gives no log-probabilities",
-                expected="logprobs in each answer",
-                fix="use a newer version of the server, or check the export itself without --endpoint",
+            path, body = "/v1/chat/completions", {**body, **chat, **more}
+        found = self.call(path, body)
+        with self.understood(path, found, "choices with a text, finish_reason and logprobs; usage with prompt_tokens"):
+            choice = found["choices"][0]
+            if not choice.get("logprobs"):
+                raise RunError(
+                    f"{self.name} gives no log-probabilities",
+                    expected="logprobs in each answer",
+                    fix="use a newer version of the server, or check the export itself without --endpoint",
+                )
+            text = choice["text"] if isinstance(request, str) else choice["message"]["content"]
+            positions = entries(choice["logprobs"])
+            return Answer(
+                ids=[self.id_of(chosen) for chosen, _ in positions],
+                top=[self.known(top) for _, top in positions],
+                text=str(text or ""),
+                ended=choice["finish_reason"] == "stop",
+                prompt_tokens=int(found["usage"]["prompt_tokens"]),
             )
-        text = choice["text"] if isinstance(request, str) else choice["message"]["content"]
-        positions = entries(choice["logprobs"])
-        return Answer(
-            ids=[self.id_of(chosen) for chosen, _ in positions],
-            top=[self.known(top) for _, top in positions],
-            text=text or "",
-            ended=choice["finish_reason"] == "stop",
-            prompt_tokens=found["usage"]["prompt_tokens"],
-        )
 
     def known(self, top: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids [K] and log-probabilities [K] of the tokens that can be told; the others stay in the rest."""
