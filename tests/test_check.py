@@ -55,6 +55,7 @@ def test_an_export_that_is_the_student_passes(finished: Path, tmp_path: Path, fo
     assert found["passed"] and all(passed(found).values())
     assert found["rows"] == found["same_text"] == 4 and found["tokens"] >= 4
     assert found["kl"] < 1e-5 < 1e-3 < found["kl_base"] and found["top1"] == 1.0
+    assert found["model"] is None
 
 
 def test_an_adapter_that_does_nothing_fails(finished: Path, peft: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,9 +149,12 @@ def test_what_is_allowed(kl: float, moved: float, floor: float | None, right: tu
 class Server:
     """OpenAI's chat interface over an export, as a server gives it that tells texts of tokens and no ids."""
 
-    def __init__(self, stack: runtimes.Transformers, system: str = "", logprobs: bool = True) -> None:
+    def __init__(
+        self, stack: runtimes.Transformers, system: str = "", logprobs: bool = True, models: tuple[str, ...] = ("tiny",)
+    ) -> None:
         self.stack, self.system, self.logprobs = stack, system, logprobs
-        listed = {"data": [{"id": "tiny"}]}
+        self.asked: set[str] = set()
+        listed = {"data": [{"id": name} for name in models]}
         does = {
             "do_GET": lambda handler: self.send(handler, 200, listed),
             "do_POST": lambda handler: self.answer(handler),
@@ -174,7 +178,8 @@ class Server:
         if handler.path != "/v1/chat/completions":
             self.send(handler, 404, {"error": "no such path"})
             return
-        assert body["model"] == "tiny" and body["temperature"] == 0 and body["top_logprobs"] == 20
+        self.asked.add(body["model"])
+        assert body["temperature"] == 0 and body["top_logprobs"] == 20
         messages = [{"role": "system", "content": self.system}] * bool(self.system) + body["messages"]
         found = self.stack.answer(messages, body["max_tokens"])
         assert found
@@ -212,6 +217,33 @@ def test_a_server_is_asked_as_its_clients_ask_it(finished: Path, peft: Path, ser
     assert found["passed"], found["checks"]
     assert found["kl"] < 1e-4 and found["kl_base"] > 1e-3 and found["tokens"] > 0
     assert "counted" in found["checks"][0]["found"]
+
+
+@pytest.mark.parametrize(
+    ("models", "given", "asked"),
+    [
+        (("base", "tiny"), "", "tiny"),  # as vLLM lists an adapter
+        (("base", "tiny:latest"), "", "tiny:latest"),  # as Ollama does
+        (("one", "two"), "", "one"),
+        (("base", "tiny"), "base", "base"),
+        ((), "", "default"),
+    ],
+)
+def test_the_model_that_is_asked(
+    finished: Path,
+    peft: Path,
+    serve: Any,
+    capsys: pytest.CaptureFixture[str],
+    models: tuple[str, ...],
+    given: str,
+    asked: str,
+) -> None:
+    server = serve(models=models)
+    args = ["check", str(peft), "--against", str(finished), "--rows", "1", "--endpoint", server.url, "--model", given]
+    assert main([*args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == asked and server.asked == {asked}
+    if given:
+        assert main(args) == 0 and f"(model {asked})" in capsys.readouterr().out
 
 
 def test_a_system_prompt_of_the_server_is_found_by_its_length(finished: Path, peft: Path, serve: Any) -> None:

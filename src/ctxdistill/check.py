@@ -75,13 +75,13 @@ def check(
     rows: int = ROWS,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Compare an export with its run's student; `passed` is the verdict, `checks` say why.
+    """Compare an export with its run's student; `passed` is the verdict, `checks` say why, `model` is what a server was asked for.
 
     Args:
         export: a folder that `export` wrote.
         against: the run.
         endpoint: ask this server, which serves the export, instead of loading it.
-        model: the server's name of the model; default its first.
+        model: the server's name of the model; default the export's own name if the server lists it, else its first.
         base: the GGUF file under a GGUF adapter; default the run's base.
         rows: held-out rows, the first ones.
 
@@ -108,10 +108,10 @@ def check(
             )
             _compare(tally, stack, request, lm, prompter, pair.student, pair.query, recipe.eval.max_new_tokens)
             progress("check", number, len(chosen))
-        name = stack.name
+        name, asked = stack.name, stack.model if endpoint and isinstance(stack, Endpoint) else None
     checks = judge(tally)
     return {
-        "export": str(folder), "format": manifest["format"], "strength": manifest["strength"], "runtime": name,
+        "export": str(folder), "format": manifest["format"], "strength": manifest["strength"], "runtime": name, "model": asked,
         "passed": all(c["passed"] for c in checks), "checks": checks,
         "rows": len(chosen), "tokens": len(tally.kl),
         "kl": tally.mean("kl"), "kl_base": tally.mean("moved"), "kl_floor": tally.mean("floor"), "top1": tally.mean("agree"),
@@ -126,8 +126,9 @@ def _understood(manifest: dict[str, Any]) -> None:
     for key in ("model", "adapter"):
         if Path(name := manifest.get(key, "x")).name != name:
             raise ValueError(f"{key} = {name!r} is no file of the folder")
-    if not isinstance(manifest["stop"], list) or not isinstance(manifest["student_prompt"], dict):
-        raise TypeError("stop or student_prompt is not what it should be")
+    for key, kind in (("name", str), ("stop", list), ("student_prompt", dict)):
+        if not isinstance(manifest[key], kind):
+            raise TypeError(f"{key} is not what it should be")
 
 
 def _manifest(folder: Path, run: RunDir) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def _runtime(
     kwargs = recipe.prompt.template_kwargs | recipe.prompt.student_template_kwargs
     stop = manifest["stop"] if recipe.prompt.style == "text" or manifest["format"] == "ollama" else []
     if endpoint:
-        yield Endpoint(endpoint, lm.tokenizer, model, template_kwargs=kwargs, stop=stop)
+        yield Endpoint(endpoint, lm.tokenizer, model, manifest["name"], template_kwargs=kwargs, stop=stop)
     elif manifest["format"] in ("peft", "merged"):
         yield Transformers.load(folder, manifest["student_prompt"], kwargs)
     else:

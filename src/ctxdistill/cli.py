@@ -385,7 +385,9 @@ def check(
     endpoint: Annotated[
         str | None, typer.Option(metavar="URL", help="Ask a server that serves the export.", show_default=False)
     ] = None,
-    model: Annotated[str, typer.Option(help="The server's name of the model. Unset: its first.")] = "",
+    model: Annotated[
+        str, typer.Option(help="The server's name of the model. Unset: the export's, else its first.")
+    ] = "",
     base: Annotated[
         Path | None, typer.Option(help="A GGUF base under a GGUF adapter. Unset: the run's.", show_default=False)
     ] = None,

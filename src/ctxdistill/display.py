@@ -447,7 +447,10 @@ def _files(sizes: Mapping[str, int]) -> list[str]:
 
 def checked(out: Console, found: Mapping[str, Any]) -> None:
     """What `check` compared, and its verdict."""
-    out.print(plain(f"{found['format']} through {found['runtime']}, {found['rows']} held-out rows"), soft_wrap=True)
+    asked = f" (model {found['model']})" if found["model"] else ""
+    out.print(
+        plain(f"{found['format']} through {found['runtime']}{asked}, {found['rows']} held-out rows"), soft_wrap=True
+    )
     for item in found["checks"]:
         mark, style = ("✓", "green") if item["passed"] else ("✗", "red")
         out.print(plain(f"{mark} {item['check']}: {item['found']}", style), soft_wrap=True)

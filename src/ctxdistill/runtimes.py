@@ -137,7 +137,8 @@ class Endpoint:
     tokenizer: Any
     """Turns the server's texts of tokens into ids."""
     model: str = ""
-    """Empty: the server's first."""
+    """Empty: the `usual` one if the server lists it, else its first."""
+    usual: str = ""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     stop: list[str] = field(default_factory=list)
     """Texts that end an answer in the text style."""
@@ -151,7 +152,8 @@ class Endpoint:
         found = self.call("/v1/models")
         with self.understood("/v1/models", found, '{"data": [{"id": the name of a model}, ...]}'):
             listed = [str(entry["id"]) for entry in found.get("data") or []]
-        self.model = self.model or (listed[0] if listed else "default")
+        own = [name for name in listed if name.removesuffix(":latest") == self.usual]  # Ollama adds that
+        self.model = self.model or [*own, *listed, "default"][0]
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Ask the server. Raises `RunError` when it cannot be reached or refuses."""
