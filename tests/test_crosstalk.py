@@ -17,7 +17,7 @@ from ctxdistill.behaviour import Check
 from ctxdistill.compose import compose, load
 from ctxdistill.crosstalk import groups_of, matrix
 from ctxdistill.dataset import prepare
-from ctxdistill.errors import DataError, ModelError, RecipeError, RunError
+from ctxdistill.errors import DataError, FitError, ModelError, RecipeError, RunError
 from ctxdistill.lm import LM
 from ctxdistill.prompts import join
 from ctxdistill.recipe import LoraSection, Recipe
@@ -264,6 +264,16 @@ def test_rows_that_another_run_cannot_read(runs: list[Path], job: Path, reads: d
         compose({runs[0]: 1.0, job / "run": 1.0}, job / "sum", progress=lambda *told: measured.append(told))
     assert re.search(found, caught.value.found) and "columns of both recipes" in caught.value.fix
     assert not measured and not (job / "sum").exists()
+
+
+def test_rows_that_do_not_fit_behind_another_runs_context(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Any] = []
+    monkeypatch.setattr("ctxdistill.compose.teacher_limit", lambda recipe: 480)
+    with pytest.raises(FitError, match=r"the context of one run .* does not fit"):
+        compose(dict.fromkeys(runs, 1.0), tmp_path / "sum", progress=lambda *told: measured.append(told))
+    assert not measured and not (tmp_path / "sum").exists()
 
 
 def test_the_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,8 @@ from ctxdistill.behaviour import Check
 from ctxdistill.crosstalk import CLOSED, Group, matrix
 from ctxdistill.dataset import Data, prepare, stored_recipe
 from ctxdistill.errors import DataError, ModelError, RecipeError, RunError
-from ctxdistill.evaluate import teacher_targets
-from ctxdistill.lm import LM
+from ctxdistill.evaluate import teacher_limit, teacher_targets
+from ctxdistill.lm import LM, check_fit
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import Progress, RunDir, no_progress, reading, write_atomic, writing
@@ -39,7 +39,8 @@ def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Prog
     the adapter of another; `closed`, the same by the sum; `kl`, `nearest`, `good` and `reasons` of the cross-talk matrix.
 
     Raises: `RunError` for fewer than two runs or an `out` that is there; `ModelError` for adapters that cannot be summed;
-    `RecipeError` for rows of one run that another's recipe cannot read. All before anything is measured.
+    `RecipeError` for rows of one run that another's recipe cannot read, `FitError` where it leaves them no room. All before
+    anything is measured.
     """
     folders = [RunDir.existing(run) for run in runs]
     names = distinct([folder.path for folder in folders])
@@ -56,6 +57,9 @@ def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Prog
         prompters.append(prompter)
         rows.append(data)
     groups = crossed(names, prompters, rows)
+    everyone = [pair for group in groups.values() for pairs in group.values() for pair in pairs]
+    lengths = ((pair.origin, len(pair.teacher) + teacher_limit(recipes[0])) for pair in everyone)
+    check_fit(lengths, lm.window, "the context of one run with a query of another, and answer")
     load(lm, folders, names, list(runs.values()))
     stores = [TargetStore.of(recipe, folder.path) for recipe, folder in zip(recipes, folders, strict=True)]
     checks = [Check(r, lm, p, s) for r, p, s in zip(recipes, prompters, stores, strict=True)]
