@@ -299,6 +299,19 @@ def test_help_has_an_example_that_parses(command: str, capfd: pytest.CaptureFixt
     assert "--json" in out
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_word(
+    command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Brackets, for example, are no markup."""
+    monkeypatch.setenv("COLUMNS", "300")
+    about = typer.main.get_command(cli.app).commands[command]  # type: ignore[attr-defined]
+    assert cli.main([command, "--help"]) == 0
+    out = " ".join(capfd.readouterr().out.split())
+    for text in (about.help, *(parameter.help for parameter in about.params)):
+        assert " ".join(text.replace("`", "").split()) in out.replace("`", "")
+
+
 def test_the_commands_are_these() -> None:
     assert tuple(typer.main.get_command(cli.app).commands) == COMMANDS  # type: ignore[attr-defined]
 
