@@ -123,6 +123,15 @@ def test_what_does_not_fit_is_an_error(job: Path, rows: list[dict[str, Any]], me
         recipe_for(write(job, rows), job / "r.toml", model="model")
 
 
+@pytest.mark.parametrize("name", ["nope.jsonl", "rows.txt"])
+def test_a_file_that_is_not_there_is_one_of_from(job: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    (job / "rows.txt").write_text("x")
+    assert cli.main(["init", str(job / "x.toml"), "--from", str(job / name)]) == 2
+    said = capfd.readouterr().err
+    assert "--from" in said and name in said
+    assert "in the recipe" not in said and "recipe's folder" not in said and "hub:" not in said
+
+
 def test_two_contexts_are_refused_and_unused_columns_are_named(job: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = write(job, many({**OPENAI, "id": "7"}))
     (job / "system.txt").write_text("x")

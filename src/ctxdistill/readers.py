@@ -182,20 +182,31 @@ READERS: dict[str, Reader] = {
 }  # fmt: skip
 
 
-def reader_of(path: Path, what: str) -> Reader:
+def reader_of(path: Path, what: str, otherwise: str = "") -> Reader:
+    """The reader of a file that is there; arguments and errors as of `must_be_file`."""
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
             f"{what}: cannot read {path}",
-            expected=f"a file that ends in {', '.join(READERS)}, or hub:owner/name",
+            expected=f"a file that ends in {', '.join(READERS)}{'' if _is_option(what) else ', or hub:owner/name'}",
             found=path.suffix or "no suffix",
             fix="convert it, or rename it if it is one of these",
         )
-    must_be_file(path, what)
+    must_be_file(path, what, otherwise)
     return reader
 
 
-def must_be_file(path: Path, what: str) -> None:
+def _is_option(what: str) -> bool:
+    return what.startswith("--")
+
+
+def must_be_file(path: Path, what: str, otherwise: str = "") -> None:
+    """Raises: `DataError` when it is not.
+
+    Args:
+        what: the recipe's key that names the file, or the option of the command line.
+        otherwise: what to do if not to mend that.
+    """
     if path.is_file():
         return
     folder = path.parent
@@ -208,9 +219,9 @@ def must_be_file(path: Path, what: str) -> None:
         found = f"in {folder}: {', '.join(near)}" if near else f"no files in {folder}"
     raise DataError(
         f"{what}: there is no file {path}",
-        expected="a file; relative paths start at the recipe's folder",
+        expected="a file" if _is_option(what) else "a file; relative paths start at the recipe's folder",
         found=found,
-        fix=f"mend {what} in the recipe",
+        fix=f"mend {what}{'' if _is_option(what) else ' in the recipe'}{otherwise and f', or {otherwise}'}",
     )
 
 

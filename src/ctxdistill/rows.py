@@ -85,7 +85,9 @@ def read(
         source, records, total = readers.read_hub(name, section.config, section.split, most, what=what, fix=fix)
     else:
         path = recipe.path(section.data)
-        source, reader = str(path), readers.reader_of(path, what)
+        written = what == "queries" and recipe.queries.synthesize
+        otherwise = "delete queries.data where the model writes all of them" if written else ""
+        source, reader = str(path), readers.reader_of(path, what, otherwise)
         records, total = reader(path, most, problems)
     records, total = after(records, section.skip), max(0, total - section.skip)
     if not records and not problems:
@@ -108,9 +110,9 @@ def rows_of(records: Sequence[Record]) -> Sequence[Row]:
 
 
 def read_rows(path: Path) -> list[Fields]:
-    """All rows of a data file as they are, no column named. Raises `DataError` that lists all that is wrong."""
+    """All rows of the data file that `--from` names, as they are, no column named. Raises `DataError` that lists all that is wrong."""
     problems = list[str]()
-    records, _ = readers.reader_of(path, "the rows")(path, 0, problems)
+    records, _ = readers.reader_of(path, "--from")(path, 0, problems)
     if problems or not records:
         problems = problems or ["there are no rows"]
         raise several(DataError, str(path), problems, fix="a row is an object: one a line in .jsonl, a list in .json")
