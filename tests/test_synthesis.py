@@ -298,6 +298,38 @@ def test_the_command(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pipeline.queries(Recipe.from_dict(raw, base_dir=job))
 
 
+@pytest.mark.parametrize("kind", ["system", "few-shot", "document"])
+def test_a_template_becomes_an_adapter_without_queries_of_ones_own(
+    job: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As README.md says it: `synthesize` in the place of `data`."""
+    monkeypatch.chdir(job)
+    (job / "handbook.md").write_text(" ".join(FACTS[:6]))
+    labels = ("delivery", "refund", "account")
+    tiny.write_jsonl(job / "demos.jsonl", [{"prompt": f"my {label}", "answer": label} for label in labels])
+    tiny.write_jsonl(job / "heldout.jsonl", [{"prompt": f"the {label}", "answer": label} for label in labels])
+    assert cli.main(["init", "my.toml", "--kind", kind]) == 0
+    text = (job / "my.toml").read_text()
+    data = next(line for line in text.splitlines() if line.startswith("data = ") and "hub:" in line)
+    small = ["model.name=model", "completions.max_new_tokens=4", "eval.max_new_tokens=4", "train.epochs=1",
+             "gate.on_fail='warn'", "eval.latency_rows=0", "eval.bootstrap=100"]  # fmt: skip
+
+    def writes(body: dict[str, Any], number: int) -> tuple[int, Any, dict[str, str]]:
+        thing, other = THINGS[number % 12], THINGS[(number // 12 + number + 1) % 12]
+        return 200, completion(f"Has any {thing} of yours got one {other} or two?"), {}
+
+    with serve(writes) as (url, _):
+        more = [*small, f"synthesis.endpoint={url!r}", "synthesis.endpoint_model='big'"]
+        assert cli.main(["queries", "my.toml", "queries.synthesize=12", *more]) == 2
+        assert "or delete queries.data" in capsys.readouterr().err
+        (job / "my.toml").write_text(text.replace(data, "synthesize = 12"))
+        assert cli.main(["queries", "my.toml", *more]) == 0
+    assert cli.main(["distill", "my.toml", *small]) == 0
+    record = RunDir(job / "runs/my").read_json("recipe.json")
+    assert record["written_queries"]["written"] == 12
+    assert record["rows"]["train"] + record["rows"]["validation"] >= 8
+
+
 def test_recipes_that_contradict_themselves(job: Path) -> None:
     for overrides, complaint in [
         ({"context__column": "c"}, "excludes context.column"),

@@ -169,10 +169,10 @@ def queries(
 ) -> None:
     """Let the model write queries from the context alone, into a file to read and change before training.
 
-    The recipe says how many (queries.synthesize) and how ([synthesis]). `distill` uses the file when it is there, and
-    writes it first when it is not.
+    The recipe says how many (queries.synthesize, in the place of queries.data or beside it) and how ([synthesis]).
+    With such a recipe `distill` uses the file when it is there, and writes it first when it is not.
 
-    Example: ctxdistill queries handbook.toml queries.synthesize=200
+    Example: ctxdistill queries handbook.toml
     """
     from ctxdistill.recipe import Recipe
 

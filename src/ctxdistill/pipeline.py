@@ -163,7 +163,9 @@ def queries(
     """
     if not recipe.queries.synthesize:
         raise RecipeError(
-            "the recipe wants no queries written", expected="how many", fix="queries.synthesize=200, for example"
+            "the recipe wants no queries written",
+            expected="how many",
+            fix="write synthesize = 200, for example, into [queries] of the recipe, so that distill reads them, too",
         )
     file = Path(out) if out else synthesis.queries_file(recipe)
     synthesis.refuse_overwrite(file, force)
