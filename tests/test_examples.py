@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,13 @@ from ctxdistill.prompts import Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.weights import load_tokenizer, packaged_gguf
 
-FOLDERS = sorted(p.parent for p in (Path(__file__).parents[1] / "examples").glob("*/recipe.toml"))
+HERE = Path(__file__).parents[1]
+FOLDERS = sorted(p.parent for p in (HERE / "examples").glob("*/recipe.toml"))
+PAGES = [
+    p
+    for p in (HERE / "examples/README.md", *sorted((HERE / "docs").glob("howto-*.md")))
+    if "distill examples/" in p.read_text()
+]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
@@ -30,6 +37,23 @@ def test_rows_are_read_and_apart(folder: Path) -> None:
 
 def test_there_are_some() -> None:
     assert {p.name for p in FOLDERS} >= {"persona", "format", "tools"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_the_commands_of_a_page_can_be_run_in_order(page: Path) -> None:
+    """None meets the folder of another recipe, or asks for a run that is not there."""
+    made = list[str]()
+    text = page.read_text().replace("\\\n", "")
+    for command, line in re.findall(r"ctxdistill (?:--allow-code )?(distill|try|compose) ([^`\n]+)", text):
+        first, *rest = words = shlex.split(line, comments=True)
+        if command == "distill":
+            named = Recipe.load(HERE / first).name if (HERE / first).exists() else Path(first).stem
+            made.append(rest[rest.index("--out") + 1] if "--out" in rest else f"runs/{named}")
+            assert made.count(made[-1]) == 1, line
+        else:
+            used = words[: words.index("--out")] if command == "compose" else [first]
+            assert {word.partition("=")[0] for word in used} <= {*made}, line
+    assert made
 
 
 def test_calls_of_tools_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
