@@ -132,8 +132,11 @@ def test_a_run_counts_what_it_rejects(job: Path, monkeypatch: pytest.MonkeyPatch
     teacher = [s for s in RunDir(run.path).read_jsonl("scores.jsonl") if s["arm"] == "in_context"]
     assert {s["prediction"] for s in teacher} == {w.upper() for w in words[3:8]} | {"hm", "NO"}
     written(monkeypatch, {})
-    with pytest.raises(DataError, match="none of the teacher's completions is accepted"):
+    with pytest.raises(DataError, match="none of the teacher's completions is accepted") as caught:
         pipeline.distill(recipe(job, checker="mine:check", max_new_tokens=41), job / "other")
+    assert "scores.jsonl" in caught.value.fix and "try" not in caught.value.fix
+    teacher = [s for s in RunDir(job / "other").read_jsonl("scores.jsonl") if s["arm"] == "in_context"]
+    assert {s["prediction"] for s in teacher} == {"hm"}
     with pytest.raises(RecipeError, match=r"completions\.checker: cannot load 'mine:nope'"):
         pipeline.distill(recipe(job, checker="mine:nope"), job / "third")
 

@@ -430,7 +430,8 @@ def make_examples(
         raise DataError(
             "none of the teacher's completions is accepted",
             found=", ".join(f"{fate} {n}" for fate, n in judged.items()),
-            fix="look at what the teacher writes (ctxdistill gate, or try), then change the pattern or the checker",
+            fix="look at what the teacher writes to held-out rows (in_context in scores.jsonl, in the run folder), "
+            "then change the pattern or the checker",
         )
 
     def example(number: int) -> Example:
