@@ -328,6 +328,11 @@ def test_texts_are_questions_with_answers(tmp_path: Path) -> None:
         texts(tmp_path, 2)
 
 
+def test_a_missing_file_is_one_below_the_studys_root(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"(?s)below tasks\.root.*leave tasks\.root out"):
+        texts(tmp_path, 1)
+
+
 def test_without_a_folder_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -138,15 +138,15 @@ def _read(
     """The first `most` records (0: all), each with a value in every column."""
     problems: list[str] = []
     if root is None:
-        fix = f"check the network, set data.root to a folder with {local}, or switch the retention check off"
+        fix = f"check the network, set tasks.root to a folder with {local}, or switch the retention check off"
         source, records, _ = read_hub(*hub, most, what="retention", fix=fix)
     else:
         path = root / local
         if not path.is_file():
             raise DataError(
                 f"retention: there is no file {path}",
-                expected=f"{local} below data.root",
-                fix="put the file there, leave data.root out to load it from the hub, or switch the retention check off",
+                expected=f"{local} below tasks.root",
+                fix="put the file there, leave tasks.root out to load it from the hub, or switch the retention check off",
             )
         source = str(path)
         records, _ = READERS[path.suffix](path, most, problems)

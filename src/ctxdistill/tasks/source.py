@@ -59,7 +59,7 @@ class Hub(Place):
 
 @dataclass(frozen=True, kw_only=True)
 class Local(Place):
-    """A file below `data.root`."""
+    """A file below `tasks.root`."""
 
     file: str
     read: Reader | None = None
@@ -95,7 +95,7 @@ def load(source: Source, root: Path | None) -> list[Row]:
     else:
         raise DataError(
             f"{source.name} is not on the hub in a form that can be loaded without running code",
-            expected=f"data.root, a folder with {source.local.file}",
+            expected=f"tasks.root, a folder with {source.local.file}",
             fix="make the file as its authors describe, and name its folder",
         )
     rows = [_row(record, number, place, column, source.name) for number, record in enumerate(records)]
@@ -125,9 +125,9 @@ def _local(place: Local, name: str, root: Path) -> tuple[str, Sequence[Record], 
     if not path.is_file():
         raise DataError(
             f"{name}: there is no file {path}",
-            expected=f"{place.file} in the folder that data.root names",
+            expected=f"{place.file} in the folder that tasks.root names",
             found="a folder" if path.exists() else "nothing",
-            fix="mend data.root, or leave it out to load the data from the hub",
+            fix="mend tasks.root, or leave it out to load the data from the hub",
         )
     problems: list[str] = []
     records, _ = (place.read or READERS[path.suffix])(path, 0, problems)
@@ -140,7 +140,7 @@ def _hub(place: Hub, name: str) -> tuple[str, Sequence[Record], str | None]:
     options: dict[str, Any] = {}
     if place.parquet:
         options = {"revision": "refs/convert/parquet", "data_files": {place.split: place.parquet}}
-    fix = "check the network, or name a folder with the data in data.root"
+    fix = "check the network, or name a folder with the data in tasks.root"
     config = None if place.parquet else place.config
     where, records, _ = read_hub(place.path, config, place.split, what=name, fix=fix, **options)
     return where, records, place.index
