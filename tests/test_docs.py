@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -43,3 +44,9 @@ def test_the_recipe_of_a_howto_is_valid(page: Path, tmp_path: Path) -> None:
     first = re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)[0]
     (tmp_path / "recipe.toml").write_text(first)
     assert Recipe.load(tmp_path / "recipe.toml").model.name
+
+
+@pytest.mark.parametrize("page", HOWTOS, ids=lambda p: p.stem)
+def test_a_row_of_a_howto_is_one_line(page: Path) -> None:
+    for rows in re.findall(r"```json\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        assert all(isinstance(json.loads(line), dict) for line in rows.splitlines())
