@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from ctxdistill import pipeline
 from ctxdistill.errors import CtxDistillError, FitError, RecipeError, RunError
+from ctxdistill.evaluate import ARMS
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection, Recipe
 from ctxdistill.session import TOP, Answer, Piece, Session
@@ -79,6 +80,35 @@ def test_pieces_add_up_and_each_arm_says_what_it_took(session: Session) -> None:
         assert done.seconds > 0
     found = answers(session, "say emu", max_new_tokens=5)
     assert found["in_context"].flops > 2 * found["distilled"].flops
+
+
+def test_with_label_words_every_arm_chooses_one_as_in_the_evaluation(job: Path) -> None:
+    words = ["why", "yes", "how"]
+    raw = tiny.recipe_dict(
+        job, prompt={"label_words": words}, completions={"source": "data"},
+        context={"system": "Say why, yes or how to every word that you are given."},
+        eval={"data": "eval.jsonl", "max_new_tokens": 6, "latency_rows": 0, "bootstrap": 100},
+    )  # fmt: skip
+    for name in ("queries.jsonl", "eval.jsonl"):
+        tiny.write_jsonl(
+            job / name, [{"prompt": row["prompt"], "answer": "yes"} for row in tiny.read_jsonl(job / name)]
+        )
+    pipeline.distill(Recipe.from_dict(raw, base_dir=job), job / "run")
+    session = Session.load(job / "run")
+    lines = session.run.read_jsonl("scores.jsonl")
+    assert len({line["prediction"] for line in lines}) > 1 and {line["arm"] for line in lines} == {*ARMS}
+    assert any(line["greedy"] not in words for line in lines)
+    for query in session.held_out:
+        parts = list(session.answer(query, max_new_tokens=1))
+        said = {part.arm: part.text for part in parts if isinstance(part, Piece)}
+        assert said == {line["arm"]: line["prediction"] for line in lines if line["query"] == query}
+        done = {part.arm: part for part in parts if isinstance(part, Answer)}
+        assert {arm: answer.text for arm, answer in done.items()} == said
+        for answer in done.values():
+            assert session.prompter.text(answer.ids) == answer.text and answer.ended
+            assert answer.seconds > 0 and answer.flops > 0
+    typed = answers(session, "say hamster", strength=0.0)
+    assert typed["distilled"].text == typed["zero_shot"].text and {a.text for a in typed.values()} <= {*words}
 
 
 def test_what_was_asked_is_remembered_and_only_the_student_is_asked_again(

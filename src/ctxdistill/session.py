@@ -2,8 +2,9 @@
 
 In: the folder of a finished run; texts, or queries that were held out. Out: what base model, teacher and student write,
 piece by piece, what each answer took, and where student and teacher differ, token by token. Invariants: every answer is
-greedy and written by `LM.generate`, with its prompt read from the start, as a server without prefix cache does; the model
-is one request's at a time, and between two requests it is as it was loaded.
+greedy and written by `LM.generate`, or the likeliest of the recipe's label words as in the evaluation, with its prompt read
+from the start, as a server without prefix cache does; the model is one request's at a time, and between two requests it is
+as it was loaded.
 
 Dimensions: T tokens of an answer, V vocabulary.
 """
@@ -30,6 +31,7 @@ from ctxdistill.lm import LM, check_fit
 from ctxdistill.prompts import Pair, Prompter, join
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
+from ctxdistill.targets import score_labels
 
 TOP = 5
 """Alternatives that are shown of each side at a token."""
@@ -131,12 +133,14 @@ class Session:
         self, text: str, *, strength: float = 1.0, max_new_tokens: int | None = None
     ) -> Generator[Piece | Answer, None, None]:
         """Answer as base model, as teacher and as student at `strength`: pieces as they are written, and after the last
-        piece of each arm its `Answer`. What was asked before comes from memory, in one piece.
+        piece of each arm its `Answer`. What was asked before comes from memory, in one piece. Where the recipe has label
+        words, each arm chooses one of them, of any length.
 
         Raises: `FitError` when the prompt does not fit, `RecipeError` as `pair`.
         """
         pair = self.pair(text)
-        limit = max_new_tokens or self.recipe.eval.max_new_tokens
+        labels = self.prompter.labels
+        limit = max(map(len, labels.values()), default=max_new_tokens or self.recipe.eval.max_new_tokens)
         check_fit([("your text", len(pair.teacher) + limit)], self.lm.window, "the prompt")
         for arm in ARMS:
             prompt = pair.teacher if arm == "in_context" else pair.student
@@ -144,10 +148,24 @@ class Session:
             if key in self._known:
                 yield Piece(arm, self._known[key].text)
             else:
-                self._known[key] = yield from self._write(arm, prompt, strength, limit)
+                answered = self._choose if labels else self._write
+                self._known[key] = yield from answered(arm, prompt, strength, limit)
                 while len(self._known) > KEPT:
                     self._known.popitem(last=False)
             yield self._known[key]
+
+    def _choose(self, arm: str, prompt: Sequence[int], strength: float, limit: int) -> Generator[Piece, None, Answer]:
+        """The label word that is likeliest after `prompt`, in one piece."""
+        labels = self.prompter.labels
+        with torch.no_grad(), self._busy, self.lm.adapter(arm == "distilled", strength):
+            started = time.perf_counter()
+            logprobs = score_labels(self.lm, [prompt], labels, prefix=None, batch_size=1).logprobs[0]  # [labels]
+            seconds = time.perf_counter() - started
+        word = list(labels)[int(logprobs.argmax())]
+        yield Piece(arm, word)
+        starts = {ids[:n] for ids in labels.values() for n in range(1, len(ids))}  # a tree, read behind the prompt
+        flops = forward_flops(self.lm, len(prompt) + len(starts), projected=1 + len(starts))
+        return Answer(arm, word, labels[word], len(prompt), seconds, flops, True)
 
     def _write(self, arm: str, prompt: Sequence[int], strength: float, limit: int) -> Generator[Piece, None, Answer]:
         """The answer to `prompt`, piece by piece. A reader who stops early stops the writing, too."""
