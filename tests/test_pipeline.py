@@ -189,7 +189,7 @@ def test_the_gate_stops_and_can_be_told_not_to(job: Path) -> None:
 
 def test_without_held_out_data_queries_are_split(job: Path) -> None:
     raw = tiny.recipe_dict(job)
-    raw["eval"] = {"max_new_tokens": 6, "latency_rows": 0, "share": 0.25, "answer": "none"}
+    raw["eval"] = {"max_new_tokens": 6, "latency_rows": 0, "share": 0.25}
     made = pipeline.distill(Recipe.from_dict(raw, base_dir=job), job / "run")
     counts = json.loads((job / "run/recipe.json").read_text())["rows"]
     assert counts["eval"] == 4 and counts["train"] + counts["validation"] == 12

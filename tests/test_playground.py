@@ -26,7 +26,7 @@ HOSTILE = "<img src=x onerror=alert(1)></div><script>alert(2)</script> ${alert(3
 def folder(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
     folder = tmp_path_factory.mktemp("job")
     (folder / "model").symlink_to(llama)
-    raw = tiny.recipe_dict(folder, name=HOSTILE, cost={"per_million_tokens": 2.0})
+    raw = tiny.recipe_dict(folder, name=HOSTILE.replace("/", ""), cost={"per_million_tokens": 2.0})
     tiny.write_jsonl(
         folder / "eval.jsonl",
         [{"prompt": f"please say {w}", "answer": f"{HOSTILE} {w}"} for w in ("ant", "bee", "cat")],
