@@ -132,6 +132,13 @@ def test_a_file_that_is_not_there_is_one_of_from(job: Path, name: str, capfd: py
     assert "in the recipe" not in said and "recipe's folder" not in said and "hub:" not in said
 
 
+def test_a_context_that_is_not_there_is_said_at_once(job: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = write(job, [{"prompt": "a", "response": "b"}])
+    assert cli.main(["init", str(job / "x.toml"), "--from", str(file), "--context", str(job / "nope.txt")]) == 2
+    said = capfd.readouterr().err
+    assert "--context: there is no file" in said and "mend --context" in said and not (job / "x.toml").exists()
+
+
 def test_two_contexts_are_refused_and_unused_columns_are_named(job: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = write(job, many({**OPENAI, "id": "7"}))
     (job / "system.txt").write_text("x")

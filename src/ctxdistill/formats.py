@@ -17,6 +17,7 @@ from typing import Any
 
 from ctxdistill import rows as data
 from ctxdistill.errors import DataError, several
+from ctxdistill.readers import must_be_file
 from ctxdistill.recipe import Recipe
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -119,6 +120,7 @@ def recipe_for(path: Path, recipe: Path, *, model: str = MODEL, context: Path | 
         )
     here = recipe.absolute().parent
     if context is not None:
+        must_be_file(context, "--context")
         kept = {"system_file": os.path.relpath(context.absolute(), here)}
     used = {queries.get(key, "") for key in ("prompt", "messages", "answer")} | set(form.columns)
     if unused := sorted({name for row in rows for name in row} - used - set(kept.values())):
