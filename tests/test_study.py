@@ -194,6 +194,26 @@ def test_a_cell_without_room_stops_no_other_and_leaves_the_memory(
     assert len(held) == 1  # not tried again at each start
 
 
+def test_a_student_whose_numbers_are_lost_stops_no_other_cell(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the student's fault, and no model is missing."""
+    plain = cells_module.student_scores
+
+    def lost(bench: Any, arm: Any, *given: Any) -> Any:
+        if arm.trains == "full":
+            raise ModelError("the logits of the model are not finite")
+        return plain(bench, arm, *given)
+
+    monkeypatch.setattr(cells_module, "student_scores", lost)
+    arms = {"demos": [2], "sets": [0], "arms": ["ft_full", "cd_one"]}
+    study(grid(folder, grid=arms), folder / "out")
+    found = cells(folder / "out")
+    assert {name.rpartition("-")[2]: cell["status"] for name, cell in found.items()} == {
+        "ft_full": "failed",
+        "cd_one": "done",
+    }
+    assert "not finite" in found["opt-updown-n2-set0-ft_full"]["reason"]
+
+
 def test_controls_a_bigger_teacher_and_retention(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.save(folder / "big", "opt-1.3b", chat=False, seed=1)
     monkeypatch.setattr(studies, "texts", lambda root, rows: ["some text that has nothing to do with it"] * rows)

@@ -172,6 +172,7 @@ class Runner:
             "n": cell.n, "set": cell.set, "arm": cell.arm, "status": "done", "reason": None, "sets": {}, "cost": None,
         }  # fmt: skip
         scores: list[dict[str, Any]] = []
+        bench: Bench | None = None
         try:
             bench = self.prepared(cell)
             arm = self.grid.arm(cell.arm)
@@ -187,7 +188,7 @@ class Runner:
         except FitError as error:
             record |= {"status": "infeasible", "reason": str(error)}
         except CtxDistillError as error:
-            if isinstance(error, ModelError):
+            if isinstance(error, ModelError) and bench is None:
                 raise  # no cell of this model could be computed
             record |= {"status": "failed", "reason": str(error)}
         except torch.OutOfMemoryError as error:
