@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
 ORDER = """
-errors < files, trust, processes, losses, stats, generic, similar, chunks, answers, spool, sandbox < readers, recipe <
+errors < files, trust, processes, losses, stats, generic, similar, chunks, answers, spool, sandbox < messages, readers, recipe <
 rows, programs < conversations < tasks, formats < rundir, endpoint < draws, arms < grid < weights, caches, kernels,
 graphs, products < packing, fused, adapters, sealed, trackers < decoding < lm < prompts < synthesis, store < targets,
 upkeep < teachers, engines, objective < replay < train < policy < evaluate < dataset < groups < accounts, behaviour <

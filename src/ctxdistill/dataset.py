@@ -29,10 +29,6 @@ from ctxdistill.spool import Lazy, joined
 from ctxdistill.trust import need_code, outside
 from ctxdistill.weights import load_tokenizer
 
-INDIFFERENT = {"name", "gate", "cost", "behaviour"}
-"""What changes no result may change between two attempts at one run, such as gate.on_fail after the gate said no."""
-
-
 PARTS = ("system", "system_file", "documents", "chunk_tokens", "messages", "demos", "column", "teacher_prompt")
 """Keys of `context` that say that there is something of their kind."""
 
@@ -185,15 +181,19 @@ def identity(prompter: Prompter, row: Row, section: DataSection) -> str:
     return "\n".join([prompter.query_identity(row, section), *own])
 
 
+def decisive(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a recipe on which the result depends. The others may change between two attempts at one run, such as
+    gate.on_fail after the gate said no."""
+    free = {"name", "gate", "cost", "behaviour", "teacher"}
+    kept = {name: value for name, value in values.items() if name not in free}
+    if values["teacher"]["engine"] != "local":  # who labels matters, not how they are reached
+        kept["teacher"] = [values["teacher"]["engine"], values["teacher"]["endpoint_model"]]
+    return kept | {"train": {k: v for k, v in values["train"].items() if k not in {"report_to", "shard"}}}
+
+
 def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str, Any]:
     """`recipe.json`: what made this run. Its fingerprint covers everything that the result depends on."""
     values = recipe.to_dict()
-    decisive = {name: value for name, value in values.items() if name not in INDIFFERENT}
-    # who labels matters, not how they are reached
-    decisive.pop("teacher")
-    if recipe.teacher.engine != "local":
-        decisive["teacher"] = [recipe.teacher.engine, recipe.teacher.endpoint_model]
-    decisive["train"] = {name: value for name, value in values["train"].items() if name not in {"report_to", "shard"}}
     counts = {name: value for name, value in rows.counts.items() if name != "written"}
     written = rows.counts.get("written") or {}
     identity = [written["sha256"], written["held_out_by"]] if written else []
@@ -219,7 +219,9 @@ def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str
         "recipe": values,
         "base_dir": str(recipe.base_dir),
         "explicit": explicit(recipe),
-        "fingerprint": fingerprint([decisive, lm.fingerprint, prompter.fingerprint, counts, prompts, *identity]),
+        "fingerprint": fingerprint(
+            [decisive(values), lm.fingerprint, prompter.fingerprint, counts, prompts, *identity]
+        ),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {**versions, "python": platform.python_version()},
         "model": lm.info,
@@ -243,8 +245,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
         elif old != new:
             found.append(f"{name}: {old!s:.60} there, {new!s:.60} here")
 
-    old, new = ({k: v for k, v in m["recipe"].items() if k not in INDIFFERENT} for m in (there, here))
-    compare(old, new, "")
+    compare(decisive(there["recipe"]), decisive(here["recipe"]), "")
     if there["context"]["sha256"] != here["context"]["sha256"] and not found:
         found.append("the text of the context")
     compare(there["rows"] | {"sha256": ""}, here["rows"] | {"sha256": ""}, "rows")

@@ -8,26 +8,22 @@ what the chat template adds by itself is known and shown.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from ctxdistill import files
 from ctxdistill import rows as data
 from ctxdistill.chunks import Chunk, Count, nearest_chunk, split_document
 from ctxdistill.errors import DataError, ModelError, RecipeError
+from ctxdistill.messages import Message, as_object, as_text, said, with_arguments
 from ctxdistill.recipe import DataSection, Recipe, fields_of
 from ctxdistill.rows import Row
 from ctxdistill.rundir import fingerprint
 from ctxdistill.spool import IdPairs, Lazy
-
-Message = dict[str, Any]
-"""`role` and `content`, as chat templates take them; other keys pass through, and `tool_calls` with their arguments as objects."""
 
 AT_ONCE = 16
 """Rows whose prompts are tokenised together."""
@@ -48,39 +44,6 @@ class Pair:
     student: tuple[int, ...]
     origin: str
     fields: Mapping[str, Any]
-
-
-def said(message: Message) -> str:
-    """A message's text; empty for one that only calls a tool."""
-    return str(message.get("content") or "")
-
-
-def with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
-    """The message with the arguments of its tool calls `change`d."""
-    if not message.get("tool_calls"):
-        return message
-    calls = [
-        {**call, "function": {**called, "arguments": change(called["arguments"])}}
-        if isinstance(called := call.get("function"), dict) and "arguments" in called
-        else call
-        for call in message["tool_calls"]
-    ]
-    return {**message, "tool_calls": calls}
-
-
-def as_object(arguments: Any) -> Any:
-    """Arguments of a tool call as chat templates take them: OpenAI's clients write the object as a text, which a template
-    that writes JSON would quote once more. What is no object in JSON stays."""
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError):
-            found = files.parse_json(arguments)
-            return found if isinstance(found, dict) else arguments
-    return arguments
-
-
-def as_text(arguments: Any) -> Any:
-    """Arguments of a tool call as OpenAI-compatible servers take them."""
-    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
 def join(prompt: Sequence[int], completion: Sequence[int]) -> tuple[list[int], int]:

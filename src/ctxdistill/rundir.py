@@ -198,8 +198,8 @@ class RunDir:
             return
         with reading(self.path):
             stored = self.read_json("recipe.json")
-            found = "" if stored["fingerprint"] == identity else differs(stored)
-        if found:
+            found = None if stored["fingerprint"] == identity else differs(stored)
+        if found is not None:
             raise RunError(
                 f"{self.path} belongs to another recipe",
                 expected="the same values, context, rows, model and versions",

@@ -34,7 +34,7 @@ from ctxdistill import files
 from ctxdistill.adapters import settings_of
 from ctxdistill.endpoint import WRONG, opener_of
 from ctxdistill.errors import ModelError, RunError, redact
-from ctxdistill.prompts import Message
+from ctxdistill.messages import Message
 from ctxdistill.weights import loading, quiet_peft
 
 Request = list[Message] | str

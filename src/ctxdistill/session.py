@@ -148,13 +148,13 @@ class Session:
             if key in self._known:
                 yield Piece(arm, self._known[key].text)
             else:
-                answered = self._choose if labels else self._write
-                self._known[key] = yield from answered(arm, prompt, strength, limit)
+                answers = self._choose(arm, prompt, strength) if labels else self._write(arm, prompt, strength, limit)
+                self._known[key] = yield from answers
                 while len(self._known) > KEPT:
                     self._known.popitem(last=False)
             yield self._known[key]
 
-    def _choose(self, arm: str, prompt: Sequence[int], strength: float, limit: int) -> Generator[Piece, None, Answer]:
+    def _choose(self, arm: str, prompt: Sequence[int], strength: float) -> Generator[Piece, None, Answer]:
         """The label word that is likeliest after `prompt`, in one piece."""
         labels = self.prompter.labels
         with torch.no_grad(), self._busy, self.lm.adapter(arm == "distilled", strength):

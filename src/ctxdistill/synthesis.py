@@ -27,7 +27,8 @@ from ctxdistill.chunks import Chunk, quotas, sentences, split_document, words
 from ctxdistill.endpoint import Endpoint
 from ctxdistill.errors import DataError, RunError
 from ctxdistill.lm import FEW, LM, check_fit
-from ctxdistill.prompts import Message, Prompter
+from ctxdistill.messages import Message
+from ctxdistill.prompts import Prompter
 from ctxdistill.recipe import Recipe, SynthesisSection
 from ctxdistill.rows import Row, query_key
 from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress, write_atomic
