@@ -300,16 +300,28 @@ def test_help_has_an_example_that_parses(command: str, capfd: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_every_word(
-    command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_help_shows_every_word(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Brackets, for example, are no markup."""
-    monkeypatch.setenv("COLUMNS", "300")
     about = typer.main.get_command(cli.app).commands[command]  # type: ignore[attr-defined]
     assert cli.main([command, "--help"]) == 0
-    out = " ".join(capfd.readouterr().out.split())
+    out = "".join(capfd.readouterr().out.split())
     for text in (about.help, *(parameter.help for parameter in about.params)):
-        assert " ".join(text.replace("`", "").split()) in out.replace("`", "")
+        assert "".join(text.split()) in out
+
+
+def test_the_list_of_commands_says_each_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["--help"]) == 0
+    lines = capfd.readouterr().out.partition("Commands:")[2].strip().splitlines()
+    assert [line.split()[0] for line in lines] == list(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("..") for line in lines), lines
+
+
+def test_help_waits_for_nothing_that_prints() -> None:
+    code = "import sys; from ctxdistill.cli import main; sys.exit(main(['--help']) or 'rich' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
 
 
 def test_the_commands_are_these() -> None:

@@ -19,20 +19,23 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ctxdistill import __version__, display, processes, trust
+from ctxdistill import __version__, processes, trust
 from ctxdistill.errors import CtxDistillError, RunError, redact
 from ctxdistill.rundir import RunDir, write_atomic
+
+if TYPE_CHECKING:
+    from ctxdistill.display import Watcher
 
 app = typer.Typer(
     name="ctxdistill",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # plain help, at once
 )
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a .toml file.", show_default=False)]
@@ -91,9 +94,9 @@ def demo(
     small: Annotated[bool, typer.Option("--small", help="A fraction of the work, in runs/demo-small.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Distil the built-in example: free-text reminders become one line.
+    """Distil the built-in example: a few minutes on two CPU cores.
 
-    Takes a few minutes on two CPU cores, and ends with the results and where the adapter and the report are.
+    Free-text reminders become one line. It ends with the results and where the adapter and the report are.
 
     Example: ctxdistill demo --out runs/first
     """
@@ -120,7 +123,9 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a recipe with comments, to start from; with --from, one that reads rows written for another tool.
+    """Write a recipe with comments, to start from.
+
+    With --from, one that reads rows written for another tool.
 
     Example: ctxdistill init support.toml --kind system
     """
@@ -149,12 +154,10 @@ def init(
     if as_json:
         _json({"recipe": str(path), "kind": None if source else kind, "remarks": remarks, "next": steps})
         return
-    out = display.console()
-    for remark in remarks:
-        out.print(display.plain(remark), soft_wrap=True)
-    out.print(display.plain(f"wrote {path}; next:"), soft_wrap=True)
-    for number, step in enumerate(steps, 1):
-        out.print(display.plain(f"  {number}. {step}"), soft_wrap=True)
+    from ctxdistill import display
+
+    for text in (*remarks, f"wrote {path}; next:", *(f"  {number}. {step}" for number, step in enumerate(steps, 1))):
+        display.say(display.console(), text)
 
 
 @app.command()
@@ -167,10 +170,11 @@ def queries(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Let the model write queries from the context alone, into a file to read and change before training.
+    """Let the model write queries from the context alone.
 
-    The recipe says how many (queries.synthesize, in the place of queries.data or beside it) and how ([synthesis]).
-    With such a recipe `distill` uses the file when it is there, and writes it first when it is not.
+    They go into a file, to read and change before training. The recipe says how many (queries.synthesize, in the place
+    of queries.data or beside it) and how ([synthesis]). With such a recipe `distill` uses the file when it is there, and
+    writes it first when it is not.
 
     Example: ctxdistill queries handbook.toml
     """
@@ -178,7 +182,7 @@ def queries(
 
     loaded = Recipe.load(recipe, overrides or ())
     with _work(as_json, "stopped; the same command goes on", first="loading the model") as watcher:
-        from ctxdistill import pipeline
+        from ctxdistill import display, pipeline
 
         found = pipeline.queries(loaded, out, force=force, progress=watcher)
     _json(found) if as_json else display.queries(display.console(), found)
@@ -186,7 +190,9 @@ def queries(
 
 @app.command()
 def gate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Is there anything to teach? Measure the model with and without the context; train nothing.
+    """Measure whether there is anything to teach; train nothing.
+
+    The model answers held-out queries with the context and without it.
 
     Example: ctxdistill gate support.toml eval.max_new_tokens=32
     """
@@ -194,7 +200,7 @@ def gate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = Fa
 
     loaded = Recipe.load(recipe, overrides or ())
     with _work(as_json) as watcher:
-        from ctxdistill import pipeline
+        from ctxdistill import display, pipeline
 
         found = pipeline.gate(loaded, progress=watcher)
     _json(found) if as_json else display.gate(display.console(), found)
@@ -202,7 +208,9 @@ def gate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = Fa
 
 @app.command()
 def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = False) -> None:
-    """What would a run take? Try every stage on a few rows; predict time, memory and disk.
+    """Predict the time, memory and disk that a run takes.
+
+    Every stage is tried on a few rows.
 
     Example: ctxdistill plan support.toml train.epochs=4
     """
@@ -210,7 +218,7 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = Fa
 
     loaded = Recipe.load(recipe, overrides or ())
     with _work(as_json):
-        from ctxdistill import pipeline
+        from ctxdistill import display, pipeline
 
         found = pipeline.plan(loaded)
     _json(found) if as_json else display.plan(display.console(), found)
@@ -223,12 +231,14 @@ def show(
     row: Annotated[int, typer.Option(help="Which row, from 0: training, validation, evaluation.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Print a row as teacher and student see it, and the tokens on which they shall agree.
+    """Print a row as teacher and student see it.
 
-    Special tokens are visible; what the chat template adds by itself is marked.
+    The tokens on which they shall agree come last. Special tokens are visible; what the chat template adds is marked.
 
     Example: ctxdistill show support.toml --row 3
     """
+    from ctxdistill import display
+
     if source.is_dir():
         if overrides:
             raise RunError("a run's values are fixed", found=" ".join(overrides), fix="show the recipe instead")
@@ -252,10 +262,11 @@ def distill(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in this folder.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Distil the recipe's context into a LoRA adapter, and measure and report what came out.
+    """Distil the recipe's context into a LoRA adapter.
 
-    The gate runs first and stops when there is nothing to teach, unless gate.on_fail=warn. On several devices:
-    torchrun --nproc-per-node 4 -m ctxdistill distill ..., or accelerate launch.
+    The gate runs first and stops when there is nothing to teach, unless gate.on_fail=warn. At the end all that came out
+    is measured, and a report is written. On several devices: torchrun --nproc-per-node 4 -m ctxdistill distill ..., or
+    accelerate launch.
 
     Example: ctxdistill distill support.toml train.epochs=2 --out runs/support
     """
@@ -279,9 +290,9 @@ def label_(
     ray: Ray = None,
     as_json: Json = False,
 ) -> None:
-    """Ask the teacher about all queries and keep what it says, here or on a cluster; train nothing.
+    """Ask the teacher about all queries; train nothing.
 
-    `distill` with the same recipe and folder then finds the targets. Run it again to go on.
+    What it says is kept: `distill` with the same recipe and folder finds it. Here or on a cluster; run it again to go on.
 
     Example: ctxdistill label support.toml --ray 10.0.0.5:6379 --out runs/support
     """
@@ -290,19 +301,19 @@ def label_(
     loaded = Recipe.load(recipe, overrides or ())
     folder = out or Path("runs") / (loaded.name or "run")
     with _work(as_json, "stopped; the same command goes on") as watcher:
-        from ctxdistill import pipeline
+        from ctxdistill import display, pipeline
 
         found = pipeline.label_rows(loaded, folder, ray=ray, progress=watcher)
     if as_json:
         _json(found)
     else:
         text = f"{found['rows']:,} completions labelled, {found['made']:,} of them now, in {found['targets']}"
-        display.console().print(display.plain(text), soft_wrap=True)
+        display.say(display.console(), text)
 
 
 @app.command()
 def evaluate(run: RunArgument, as_json: Json = False) -> None:
-    """Measure all arms of a finished run again, and renew its report.
+    """Measure a finished run again, and renew its report.
 
     Example: ctxdistill evaluate runs/support
     """
@@ -324,13 +335,13 @@ def try_(
     strength: Annotated[float, typer.Option(help="Of the adapter: 0 none, 1 as trained.", min=0.0)] = 1.0,
     as_json: Json = False,
 ) -> None:
-    """Answer a query without the context, with it, and with the adapter instead of it.
+    """Answer a query without the context, with it, and distilled.
 
     Example: ctxdistill try runs/demo "remind me to water the plants on friday at noon"
     """
     RunDir.existing(run)
     with _work(as_json, first="loading the model") as watcher:
-        from ctxdistill import pipeline
+        from ctxdistill import display, pipeline
 
         shown, answers = display.Answers(display.console()), dict.fromkeys(display.TRIED, "")
         with contextlib.closing(
@@ -360,9 +371,10 @@ def export(
     push_for_real: Annotated[bool, typer.Option("--push-for-real", help="With --push: upload it, as private.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a run's student for a serving stack, and say how to serve it.
+    """Write a run's student for a serving stack.
 
     peft: for vLLM and transformers. merged: one set of weights. gguf, gguf-adapter: for llama.cpp. ollama: a Modelfile.
+    The command that serves it is printed.
 
     Example: ctxdistill export runs/support --format gguf-adapter
     """
@@ -370,6 +382,7 @@ def export(
         raise RunError("--push-for-real needs a repository", fix="name it: --push OWNER/NAME --push-for-real")
     RunDir.existing(run)
     with _work(as_json, first="loading the model") as watcher:
+        from ctxdistill import display
         from ctxdistill import export as exports
 
         found = exports.export(run, to, out, strength=strength, progress=watcher)
@@ -394,15 +407,17 @@ def check(
     rows: Annotated[int, typer.Option(help="Held-out rows to ask.", min=1)] = 16,
     as_json: Json = False,
 ) -> None:
-    """Does an export answer as the student does? Load it where it will live, and compare on held-out rows.
+    """Compare an export, where it will live, with the student.
 
-    Compares the prompt's tokens, the next-token distributions and the greedy answers. Exit code 2 if they differ.
+    Both are asked about held-out rows. The prompt's tokens, the next-token distributions and the greedy answers are
+    compared. Exit code 2 if they differ.
 
-    Example: ctxdistill check runs/support/export/gguf-adapter --against runs/support
+    Example: ctxdistill check runs/demo/export/gguf --against runs/demo
     """
     RunDir.existing(against)
     with _work(as_json, first="loading the model") as watcher:
         from ctxdistill import check as checks
+        from ctxdistill import display
 
         found = checks.check(folder, against, endpoint=endpoint, model=model, base=base, rows=rows, progress=watcher)
     _json(found) if as_json else display.checked(display.console(), found)
@@ -416,11 +431,14 @@ def compare(
     out: Annotated[Path, typer.Option(help="The page that is written, or a folder for it.")] = Path("compare.html"),
     as_json: Json = False,
 ) -> None:
-    """Put two or more finished runs side by side, with paired tests on the held-out rows that they share.
+    """Put finished runs side by side, with paired tests.
+
+    They are compared on the held-out rows that they share, in the terminal and on a page.
 
     Example: ctxdistill compare runs/rank-4 runs/rank-16 --out ranks.html
     """
     from ctxdistill import compare as comparing
+    from ctxdistill import display
 
     found = comparing.compare(runs)
     page = comparing.write_page(found, out / "compare.html" if out.is_dir() else out)
@@ -437,15 +455,17 @@ def playground(
     port: Annotated[int, typer.Option(help="Port; 0 takes any that is free.", min=0, max=65535)] = 7860,
     as_json: Json = False,
 ) -> None:
-    """A page where base model, teacher and student answer side by side, with a dial for the adapter's strength.
+    """Open a page where base, teacher and student answer.
 
-    Needs the extra: pip install "ctxdistill[playground]". Ctrl-C ends it.
+    Side by side, with a dial for the adapter's strength. Ctrl-C ends it. Needs the extra:
+    pip install "ctxdistill[playground]".
 
     Example: ctxdistill playground runs/demo
     """
     for run in runs:
         RunDir.existing(run)
     with _work(as_json, first="loading the model") as watcher:
+        from ctxdistill import display
         from ctxdistill.playground import LOCAL, serve
 
         def ready(url: str) -> None:
@@ -453,10 +473,11 @@ def playground(
             if as_json:
                 print(json.dumps({"url": url, "runs": [str(run) for run in runs]}), file=sys.__stdout__, flush=True)
                 return
-            out = display.console()
-            out.print(display.plain(f"playground: {url} (Ctrl-C ends it)"), soft_wrap=True)
+            display.say(display.console(), f"playground: {url} (Ctrl-C ends it)")
             if host not in LOCAL:
-                out.print(display.plain("whoever reaches this address can use the model and read held-out queries"))
+                display.say(
+                    display.console(), "whoever reaches this address can use the model and read held-out queries"
+                )
 
         serve(runs, host=host, port=port, ready=ready)
 
@@ -474,12 +495,14 @@ def study(
     tasks: Annotated[bool, typer.Option("--tasks", help="List tasks, patterns and arms, and exit.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare in-context learning, fine-tuning and distillation on the same rows, and write a page about it.
+    """Compare in-context learning, fine-tuning and distillation.
 
-    Run it again to go on: finished cells are kept. A cell that cannot be computed becomes a row with its reason.
+    On the same rows, with a page about it. Run it again to go on: finished cells are kept. A cell that cannot be computed
+    becomes a row with its reason.
 
     Example: ctxdistill study recipes/small.toml tasks.root=data --out runs/small
     """
+    from ctxdistill import display
     from ctxdistill.arms import ARMS, CONTROLS
     from ctxdistill.grid import Study
     from ctxdistill.tasks import TASKS
@@ -513,9 +536,10 @@ def compose(
     out: Annotated[Path, typer.Option(help="A new folder for the sum.", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Sum the adapters of several runs into one, and measure whether the sum still does what each of them does.
+    """Sum the adapters of several runs into one, and measure it.
 
-    Rows of each run are compared with the teachers of all; where the contexts are not kept apart, it says so.
+    Does the sum still do what each of them does? Rows of each run are compared with the teachers of all; where the
+    contexts are not kept apart, it says so.
 
     Example: ctxdistill compose runs/persona=1 runs/format=0.8 --out runs/both
     """
@@ -529,7 +553,7 @@ def compose(
         if not folder or not math.isfinite(weights[folder]):
             raise RunError(f"cannot read {text!r}", expected="RUN=WEIGHT", fix="for example: runs/persona=1")
     with _work(as_json, first="loading the model") as watcher:
-        from ctxdistill import pipeline
+        from ctxdistill import display, pipeline
 
         found = pipeline.compose(weights, out, progress=watcher)
     _json({"adapter": str(out / "adapter"), **found}) if as_json else display.composed(display.console(), out, found)
@@ -543,15 +567,16 @@ def targets(
     ],
     as_json: Json = False,
 ) -> None:
-    """What is kept of the teacher: verify all checksums, count, or drop what is not needed.
+    """Verify, count or prune what is kept of the teacher.
 
-    verify: exit code 2 and the names of damaged shards. stats: rows, tokens, bytes per token. prune: drop rows that are
-    damaged or that the run does not use, and files that a kill has left, and put small shards together.
+    verify: compare all checksums; exit code 2 and the names of damaged shards. stats: rows, tokens, bytes per token.
+    prune: drop rows that are damaged or that the run does not use, and files that a kill has left, and put small shards
+    together.
 
     Example: ctxdistill targets verify runs/support
     """
     with _work(as_json, "stopped; nothing that was whole is lost", first="reading the index", model=False) as watcher:
-        from ctxdistill import upkeep
+        from ctxdistill import display, upkeep
 
         if action == "stats":
             found = upkeep.stats(folder)
@@ -564,7 +589,9 @@ def targets(
 
 @app.command()
 def report(run: RunArgument, paper: Paper = None, as_json: Json = False) -> None:
-    """Write report.html and report.md of a run or a study again.
+    """Write a run's or a study's report again.
+
+    These are report.html and report.md in its folder.
 
     Example: ctxdistill report runs/support
     """
@@ -585,7 +612,9 @@ def _say_page(page: Path, as_json: bool) -> None:
     if as_json:
         _json({"report": str(page), "text": str(page.with_suffix(".md"))})
     else:
-        display.console().print(display.plain(f"report: {page}"), soft_wrap=True)
+        from ctxdistill import display
+
+        display.say(display.console(), f"report: {page}")
 
 
 # -- what the commands share ------------------------------------------------------------------------------------------
@@ -594,7 +623,7 @@ def _say_page(page: Path, as_json: bool) -> None:
 @contextlib.contextmanager
 def _work(
     as_json: bool, stopped: str = "stopped", first: str = LOADING, *, alone: bool = True, model: bool = True
-) -> Iterator[display.Watcher]:
+) -> Iterator[Watcher]:
     """Something long: progress on stderr, nothing of others on stdout beside the JSON, and a word after Ctrl-C or SIGTERM. `alone`:
     not for several processes. `model`: it will load one."""
     if alone and processes.count() > 1:
@@ -603,6 +632,8 @@ def _work(
             found=f"{processes.count()} processes",
             fix="start this command without torchrun or accelerate launch",
         )
+    from ctxdistill import display
+
     try:
         with contextlib.ExitStack() as stack:
             watcher = display.Watcher(first)
@@ -636,7 +667,7 @@ def _again(*words: str) -> str:
 
 
 @contextlib.contextmanager
-def _stoppable(watcher: display.Watcher) -> Iterator[None]:
+def _stoppable(watcher: Watcher) -> Iterator[None]:
     """Inside, Ctrl-C and SIGTERM raise a KeyboardInterrupt, and again at the next progress: one that is raised while Python runs a
     finalizer is lost. A signal to which somebody has given another meaning keeps it."""
 
@@ -661,6 +692,8 @@ def _finish(path: Path, evaluation: dict[str, Any], as_json: bool) -> None:
         places = {"run": path, "adapter": path / "adapter", "report": path / "report.html"}
         _json({**{name: str(place) for name, place in places.items()}, "evaluation": evaluation})
     else:
+        from ctxdistill import display
+
         display.results(display.console(), path, evaluation, RunDir(path).read_jsonl("scores.jsonl"))
 
 
@@ -711,6 +744,27 @@ def _mute() -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
+def _told(error: Exception | KeyboardInterrupt) -> tuple[int, dict[str, Any]]:
+    """Print an error; the exit code, and the same for machines."""
+    from ctxdistill import display
+
+    if isinstance(error, CtxDistillError):
+        display.error(str(error))
+        return 2, display.error_dict(error)
+    if isinstance(error, typer.TyperException):
+        message, context = error.format_message(), getattr(error, "ctx", None)
+        if message:  # else the help was printed
+            display.error(f"{message}\n  try: {context.command_path if context else 'ctxdistill'} --help")
+        return error.exit_code, {"kind": "UsageError", "message": message}
+    if isinstance(error, Interrupted | KeyboardInterrupt | typer.Abort):
+        message = str(error) or "stopped"
+        display.say(display.console(stderr=True), message)
+        return 130, {"kind": "Interrupted", "message": message}
+    sys.stderr.write(display.visible(redact(traceback.format_exc())))
+    display.error(f"this is a bug in ctxdistill {__version__}; please report it with the lines above")
+    return 1, {"kind": "Bug", "message": redact(f"{type(error).__name__}: {error}")}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Prints every error, and raises none."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -720,21 +774,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = _run(given)
         found = {"kind": "Interrupted", "message": "stopped"} if code == 130 else None
-    except CtxDistillError as error:
-        code, found = 2, display.error_dict(error)
-        display.error(str(error))
-    except typer.TyperException as error:
-        code, found = error.exit_code, {"kind": "UsageError", "message": error.format_message()}
-        context = getattr(error, "ctx", None)
-        if found["message"]:  # else the help was printed
-            display.error(f"{found['message']}\n  try: {context.command_path if context else 'ctxdistill'} --help")
-    except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
-        code, found = 130, {"kind": "Interrupted", "message": str(error) or "stopped"}
-        display.console(stderr=True).print(display.plain(found["message"]), soft_wrap=True)
-    except Exception as error:
-        code, found = 1, {"kind": "Bug", "message": redact(f"{type(error).__name__}: {error}")}
-        sys.stderr.write(display.visible(redact(traceback.format_exc())))
-        display.error(f"this is a bug in ctxdistill {__version__}; please report it with the lines above")
+    except (Exception, KeyboardInterrupt) as error:
+        code, found = _told(error)
     if found and "--json" in given:
         _json({"error": found})
     return int(code)

@@ -70,6 +70,11 @@ def plain(text: Any, style: str = "") -> Text:
     return Text(visible(str(text)), style=style)
 
 
+def say(out: Console, text: Any, style: str = "") -> None:
+    """A line, shown as itself and never broken, so that it can be copied."""
+    out.print(plain(text, style), soft_wrap=True)
+
+
 # -- progress ---------------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +162,7 @@ class Watcher:
             each = (self._called - since) / (done - first)
             text += f", {1 / each:.1f}/s" if each <= 1 else f", {each:.1f} s each"
             text += f", {duration(each * (total - done))} left" if done < total else ""
-        self.err.print(plain(text), soft_wrap=True)
+        say(self.err, text)
         self._printed, self._last = True, time.monotonic()
 
 
@@ -169,7 +174,7 @@ class _Log(logging.Handler):
         self.err = err
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.err.print(plain(redact(record.getMessage()), "dim"), soft_wrap=True)
+        say(self.err, redact(record.getMessage()), "dim")
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -207,19 +212,19 @@ def gate(out: Console, found: Mapping[str, Any]) -> None:
 def plan(out: Console, found: Mapping[str, Any]) -> None:
     """What a run would take, stage by stage."""
     rows = ", ".join(f"{n:,} {split}" for split, n in found["rows"].items() if n)
-    out.print(plain(f"{found['model']} on {found['device']}, rows: {rows}"), soft_wrap=True)
+    say(out, f"{found['model']} on {found['device']}, rows: {rows}")
     table = Table(box=None, pad_edge=False, show_header=False)
     for stage, seconds in found["stages"].items():
         table.add_row(plain(stage), plain(duration(seconds)))
     out.print(table)
-    out.print(plain(_expected(found)), soft_wrap=True)
+    say(out, _expected(found))
     gain = found.get("bfloat16") or 1.0
     slower, faster = "float32", "bfloat16"
     if found["dtype"] == faster:
         slower, faster, gain = faster, slower, 1 / gain
     if gain >= WORTH_ROUNDING:
         text = f"this processor multiplies in {faster} {gain:.1f} times as fast as in {slower}; "
-        out.print(plain(f"{text}to see what the run would then take, add model.dtype={faster}"), soft_wrap=True)
+        say(out, f"{text}to see what the run would then take, add model.dtype={faster}")
 
 
 def _expected(found: Mapping[str, Any]) -> str:
@@ -231,7 +236,7 @@ def _expected(found: Mapping[str, Any]) -> str:
 def queries(out: Console, found: Mapping[str, Any], shown: int = 5) -> None:
     """What was written: how much by each kind and from each chunk, what was rejected, how different the rest is."""
     candidates = f"{found['candidates']:,} candidates in {duration(found['seconds'])}"
-    out.print(plain(f"{found['written']:,} of {found['wanted']:,} queries, from {candidates}", "bold"), soft_wrap=True)
+    say(out, f"{found['written']:,} of {found['wanted']:,} queries, from {candidates}", "bold")
     if found["rejected"]:
         out.print(plain("rejected: " + ", ".join(f"{reason} {n:,}" for reason, n in found["rejected"].items())))
     for title, column in (("kinds", "kind"), ("chunks", "chunk")):
@@ -252,7 +257,7 @@ def queries(out: Console, found: Mapping[str, Any], shown: int = 5) -> None:
         )
     for row in found.get("examples", [])[:shown]:
         _item(out, f"{row['kind']}: {row['query']}")
-    out.print(plain(f"file: {found['file']}"), soft_wrap=True)
+    say(out, f"file: {found['file']}")
 
 
 def grid(out: Console, found: dict[str, Any]) -> None:
@@ -282,7 +287,7 @@ def composed(out: Console, path: Path, found: Mapping[str, Any]) -> None:
     if not found["good"]:
         verdict = f"Not good: {'; '.join(found['reasons'])}."
     out.print(plain(verdict, "bold"))
-    out.print(plain(f"adapter: {path / 'adapter'} (rank {found['rank']})"), soft_wrap=True)
+    say(out, f"adapter: {path / 'adapter'} (rank {found['rank']})")
 
 
 def results(out: Console, path: Path, evaluation: Mapping[str, Any], scores: Sequence[Mapping[str, Any]]) -> None:
@@ -311,13 +316,13 @@ def results(out: Console, path: Path, evaluation: Mapping[str, Any], scores: Seq
         _item(out, remark)
     out.print()
     for name, file in (("adapter", path / "adapter"), ("report", path / "report.html")):
-        out.print(plain(f"{name}: {file}"), soft_wrap=True)
+        say(out, f"{name}: {file}")
 
 
 def comparison(out: Console, found: Mapping[str, Any], page: Path) -> None:
     """Several runs side by side: the table, the tested differences, what is not compared."""
     for run in found["runs"]:
-        out.print(plain(f"{run['letter']}  {run['name']} ({run['path']})", "bold"), soft_wrap=True)
+        say(out, f"{run['letter']}  {run['name']} ({run['path']})", "bold")
         out.print(Padding(plain(run["sentence"]), (0, 0, 0, 3), expand=False))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")
@@ -341,7 +346,7 @@ def comparison(out: Console, found: Mapping[str, Any], page: Path) -> None:
         _item(out, f"{item['runs']}, {item['what']}: not compared, {item['why']}")
     for note in found["notes"]:
         _item(out, note)
-    out.print(plain(f"page: {page}"), soft_wrap=True)
+    say(out, f"page: {page}")
 
 
 def _columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -438,7 +443,7 @@ def exported(out: Console, found: Mapping[str, Any]) -> None:
         lines += [f"uploaded to {push['uploaded']}:" if push["uploaded"] else would, *_files(push["files"])]
         lines += [f"  - {remark}" for remark in push["remarks"]]
     for line in lines:
-        out.print(plain(line), soft_wrap=True)
+        say(out, line)
 
 
 def _files(sizes: Mapping[str, int]) -> list[str]:
@@ -453,12 +458,12 @@ def checked(out: Console, found: Mapping[str, Any]) -> None:
     )
     for item in found["checks"]:
         mark, style = ("✓", "green") if item["passed"] else ("✗", "red")
-        out.print(plain(f"{mark} {item['check']}: {item['found']}", style), soft_wrap=True)
-        out.print(plain(f"    allowed: {item['allowed']}"), soft_wrap=True)
+        say(out, f"{mark} {item['check']}: {item['found']}", style)
+        say(out, f"    allowed: {item['allowed']}")
     out.print(plain(f"  answers: {found['same_text']} of {found['rows']} are the same, letter by letter"))
     for row in [r for r in found["answers"] if r["student"] != r["export"]][:3]:
         for line in (row["query"], f"  student: {_clip(row['student'])}", f"  export:  {_clip(row['export'])}"):
-            out.print(plain(f"    {_clip(line) if line == row['query'] else line}"), soft_wrap=True)
+            say(out, f"    {_clip(line) if line == row['query'] else line}")
     verb, style = ("answers", "bold green") if found["passed"] else ("does NOT answer", "bold red")
     out.print(plain(f"the export {verb} as the student does", style))
 
@@ -468,10 +473,10 @@ def targets(out: Console, action: str, found: Mapping[str, Any]) -> None:
     shards = (
         f"{found['folder']}: {found['rows']:,} rows in {found['shards']:,} shards, {found['bytes'] / 2**20:,.1f} MB"
     )
-    out.print(plain(shards), soft_wrap=True)
+    say(out, shards)
     if action == "verify":
         for bad in found["damaged"]:
-            out.print(plain(f"✗ {bad['shard']} ({bad['rows']} rows): {bad['problem']}", "red"), soft_wrap=True)
+            say(out, f"✗ {bad['shard']} ({bad['rows']} rows): {bad['problem']}", "red")
         good = not found["damaged"]
         out.print(plain("✓ every checksum is right", "green") if good else plain("drop them: ctxdistill targets prune"))
     elif action == "stats":
