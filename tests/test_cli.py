@@ -61,7 +61,7 @@ PLAN = {
     "model": "m", "device": "cpu", "rows": {"train": 1300, "validation": 0, "eval": 8}, "seconds": 100.0,
     "stages": {"gate": 10.0, "label": 20.0, "train": 65.0, "evaluate": 5.0}, "memory_mb": 1700.0, "disk_mb": 12.0, "cost": 0.5,
     "dtype": "float32",
-    "bfloat16": 1.9,
+    "bfloat16": 1.9, "notes": ["steps [b]are[/b] taken 2 rows at a time"],
 }  # fmt: skip
 
 
@@ -149,6 +149,7 @@ def test_a_plan_is_told_stage_by_stage(pipeline: types.SimpleNamespace, capfd: p
     assert "m on cpu, rows: 1,300 train, 8 eval" in lines
     assert "train 65 s" in lines
     assert "estimated: 100 s to distil, 1,700 MB of memory, 12 MB on disk, cost 0.50" in lines
+    assert any("steps [b]are[/b] taken 2 rows at a time" in line for line in lines)
 
 
 @pytest.mark.parametrize(("dtype", "gain", "times"), [("float32", 1.9, 1.9), ("bfloat16", 0.125, 8.0)])
@@ -343,6 +344,30 @@ def test_no_torch_where_none_is_needed(line: list[str], tmp_path: Path) -> None:
 
 
 # -- what is printed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: 2.00 GiB"),
+        MemoryError("2.00 GiB"),
+    ],
+    ids=["gpu", "cpu", "python"],
+)
+def test_too_little_memory_is_no_bug(
+    error: Exception, pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    pipeline.gate = full
+    assert cli.main(["gate", "my.toml", "--json"]) == 2
+    out, err = capfd.readouterr()
+    found = json.loads(out[out.index("{") :])["error"]
+    assert "does not hold" in found["message"] and "2.00 GiB" in found["found"] and "more" not in found["found"]
+    assert all(key in found["fix"] for key in ("targets.batch_size", "train.micro_batch", "model.quantize"))
+    assert "Traceback" not in err and "bug" not in err
 
 
 def test_hostile_text_is_shown_as_itself(

@@ -188,6 +188,33 @@ def test_what_is_written_is_what_a_cpu_writes(llama: Path) -> None:
                 torch.testing.assert_close(a, b, atol=1e-4 * float(a.abs().max()), rtol=0)
 
 
+def test_a_step_that_the_card_does_not_hold_is_taken_in_parts(llama: Path, tmp_path: Path) -> None:
+    lm = load(llama)
+    width = lm.model.get_output_embeddings().weight.shape[1]
+    made = [
+        Example(str(i), tuple(range(i, i + 150)), Target("", tuple(range(60, 90)), {"hidden": torch.ones(30, width)}))
+        for i in range(64)
+    ]
+    section = TrainSection(epochs=2, lr=0.01, batch_size=64, cuda_graphs=False)
+
+    def go(name: str) -> list[float]:
+        lm.remove_adapter()
+        lm.add_adapter(LoraSection(rank=4), 0)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        state = train(lm, made, [], section, RunDir(tmp_path / name))
+        assert (state.savings > 0) == (name == "less")
+        return [x["loss"] for x in RunDir(tmp_path / name).read_jsonl("metrics.jsonl") if x["event"] == "step"]
+
+    whole = go("all")
+    needed = torch.cuda.max_memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(0.6 * needed / torch.cuda.get_device_properties(DEVICE).total_memory)
+    try:
+        assert go("less") == pytest.approx(whole, rel=1e-4)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["replayed", "with dropout"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_gives_the_same_bits_again_and_from_a_checkpoint(

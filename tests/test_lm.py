@@ -107,6 +107,7 @@ def test_many_tokens_are_read_in_parts(lm: LM, monkeypatch: pytest.MonkeyPatch) 
 def test_rows_side_by_side_follow_from_what_their_caches_take(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = LM.load(ModelSection(name=str(llama), device="cpu", dtype="bfloat16"))
     assert (lm.rows_at_once(5, 10), lm.rows_at_once(None, 10**6)) == (5, 32)
+    monkeypatch.setattr("ctxdistill.lm.memory_of", lambda _: 2**40)
     lm.device = torch.device("cuda")  # 3 layers, 2 heads of 8 for keys and values in 16 bits: 192 bytes a token
     assert lm.rows_at_once(None, 10) == 256
     assert lm.rows_at_once(None, 2**32 // 192 // 100) == 100
@@ -114,6 +115,24 @@ def test_rows_side_by_side_follow_from_what_their_caches_take(llama: Path, monke
     assert lm.rows_at_once(None, 2**40, shared=2**40 - 10) == 256
     lm.__dict__["can_pack"] = False  # then each row has a copy of what is shared
     assert lm.rows_at_once(None, 2**40, shared=2**40 - 10) == 1
+
+
+@torch.no_grad()
+def test_a_small_gpu_gets_as_much_as_it_has_room_for(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = LM.load(ModelSection(name=str(llama), device="cpu", dtype="bfloat16"))
+    model = 2 * lm.model.num_parameters()
+    monkeypatch.setattr("ctxdistill.lm.memory_of", lambda _: model + 4 * 192 * 100 * 7)
+    lm.device = torch.device("cuda")
+    assert lm.room == 4 * 192 * 100 * 7
+    assert [lm.rows_at_once(given, 100) for given in (None, 9)] == [7, 9]  # what the recipe says is not changed
+    config, passes = lm.model.config, list[int]()
+    each = 2 * (3 * config.intermediate_size + 4 * config.hidden_size)
+    lm.device = torch.device("cpu")
+    lm.__dict__["room"] = 4 * each * max(len(ids) for ids, _ in ROWS)
+    backbone = LM._backbone
+    monkeypatch.setattr(LM, "_backbone", lambda self, **x: passes.append(1) or backbone(self, **x))
+    lm.hidden(ROWS)
+    assert len(passes) > 1
 
 
 @torch.no_grad()

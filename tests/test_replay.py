@@ -11,7 +11,6 @@ import torch
 import tiny
 from ctxdistill import replay
 from ctxdistill import train as loop
-from ctxdistill.errors import TrainError
 from ctxdistill.lm import LM
 from ctxdistill.objective import Example, Stats, batch_loss, position_loss, said
 from ctxdistill.recipe import LoraSection, ModelSection, TrainSection
@@ -219,7 +218,7 @@ def test_a_resumed_run_replays_and_has_the_same_bits(lm: LM, tmp_path: Path, mon
     assert len(straight) > 10 and all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
-def test_a_step_that_does_not_fit_the_memory_ends_the_run(
+def test_without_memory_for_a_recorded_step_none_is_recorded(
     lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "GPU", DEVICE)
@@ -227,10 +226,14 @@ def test_a_step_that_does_not_fit_the_memory_ends_the_run(
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(replay, "recorded", lambda *_: full)
-    with pytest.raises(TrainError, match=r"(?s)does not hold a recorded step.*train\.cuda_graphs = false"):
-        loop.train(lm, examples(lm), [], TrainSection(), RunDir(tmp_path / "run"))
-    assert all(p.grad is None for p in lm.trainable().values())
+    tried: list[int] = []
+    monkeypatch.setattr(replay, "recorded", lambda *_: tried.append(1) or full)
+    section = TrainSection(epochs=2, batch_size=4, lr=0.01)
+    loop.train(lm, examples(lm), [], section, RunDir(tmp_path / "run"))
+    assert tried == [1]
+    first, *steps = RunDir(tmp_path / "run").read_jsonl("metrics.jsonl")
+    assert (first["event"], first["step"], first["cuda_graphs"], first["micro_batch"]) == ("memory", 0, False, 0)
+    assert [line["event"] for line in steps] == ["step"] * 4
 
 
 def test_one_that_cannot_be_recorded_is_dropped(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

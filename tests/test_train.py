@@ -23,7 +23,7 @@ from ctxdistill.recipe import LoraSection, ModelSection, Recipe, TrainSection
 from ctxdistill.rundir import RunDir, no_progress
 from ctxdistill.store import TargetStore
 from ctxdistill.targets import captured_mass, label
-from ctxdistill.train import learning_rate, mean_kl, order, train
+from ctxdistill.train import State, learning_rate, mean_kl, order, train
 
 Ready = tuple[Recipe, LM, Prompter, Data]
 
@@ -170,6 +170,112 @@ def test_gradient_checkpointing_changes_nothing(ready: Ready, tmp_path: Path) ->
         torch.testing.assert_close(gradients[1][name], value, rtol=1e-3, atol=1e-5)
     assert min(float(g.abs().max()) for g in gradients[0].values()) > 1e-4
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # checkpointed rows are padded, the others packed
+
+
+def memory_for(rows: int, monkeypatch: pytest.MonkeyPatch, *, kept: bool = True) -> list[int]:
+    """A device whose memory holds so many rows of a step with a gradient; `kept`: with what the layers keep for it. Returns
+    the rows of each pass."""
+    passes: list[int] = []
+
+    def full(lm: LM, batch: Sequence[Example], *given: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            passes.append(len(batch))
+            if len(batch) > rows or (not kept and not lm.model.is_activation_checkpointing):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return batch_loss(lm, batch, *given)
+
+    monkeypatch.setattr("ctxdistill.train.batch_loss", full)
+    return passes
+
+
+def test_a_step_that_the_memory_does_not_hold_is_taken_in_parts(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, lm, _, _ = ready
+    examples = examples_of(ready, tmp_path / "t")
+    section = TrainSection(batch_size=8, epochs=2, lr=0.01)
+
+    def go(name: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor], State]:
+        lm.add_adapter(LoraSection(rank=4), 0)
+        state = train(lm, examples, [], section, RunDir(tmp_path / name))
+        trained = {n: p.detach().clone() for n, p in lm.trainable().items()}
+        lm.remove_adapter()
+        return RunDir(tmp_path / name).read_jsonl("metrics.jsonl"), trained, state
+
+    log, whole, _ = go("whole")
+    passes = memory_for(2, monkeypatch)
+    other, parts, state = go("parts")
+    assert max(passes) == 8 and max(passes[4:]) == 2  # 8, 8 without a recording, 4, and from then on 2
+    said = [line for line in other if line["event"] == "memory"]
+    assert [(line["step"], line["micro_batch"], line["gradient_checkpointing"]) for line in said] == [
+        (0, 0, False), (0, 4, False), (0, 2, False)
+    ]  # fmt: skip
+    assert state.savings == 3
+    losses = [[line["loss"] for line in lines if line["event"] == "step"] for lines in (log, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_that_had_too_little_memory_is_resumed_with_the_same_bits(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, lm, _, _ = ready
+    examples = examples_of(ready, tmp_path / "t")
+    section = TrainSection(batch_size=8, epochs=3, lr=0.01, checkpoint_every=100)
+
+    def go(name: str, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+        def progress(stage: str, done: int, total: int) -> None:
+            if done == stop_at:
+                raise KeyboardInterrupt
+
+        lm.add_adapter(LoraSection(rank=4), 0)
+        try:
+            train(lm, examples, [], section, RunDir(tmp_path / name), progress=progress)
+            return {n: p.detach().clone() for n, p in lm.trainable().items()}
+        except KeyboardInterrupt:
+            return {}
+        finally:
+            lm.remove_adapter()
+
+    with monkeypatch.context() as patched:
+        memory_for(1, patched, kept=False)
+        straight = go("straight")
+        assert not go("broken", 2)
+    passes = memory_for(8, monkeypatch)  # there is room now
+    resumed = go("broken")
+    assert set(passes) == {1}
+    assert len(straight) > 10 and all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert not lm.model.is_activation_checkpointing
+
+
+def test_a_row_that_the_memory_does_not_hold_ends_the_run(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, lm, _, _ = ready
+    examples = examples_of(ready, tmp_path / "t")
+    lm.add_adapter(LoraSection(rank=4), 0)
+    memory_for(0, monkeypatch)
+    with pytest.raises(TrainError, match=r"(?s)does not hold a step with one row.*2\.00 GiB.*model\.quantize"):
+        train(lm, examples, [], TrainSection(batch_size=8), RunDir(tmp_path / "run"))
+
+
+def test_the_held_out_loss_is_computed_in_parts_where_steps_are(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, lm, _, _ = ready
+    examples = examples_of(ready, tmp_path / "t")
+    lm.add_adapter(LoraSection(rank=4), 0)
+    most: list[int] = []
+
+    def seen(lm: LM, batch: Sequence[Example], *given: Any) -> torch.Tensor:
+        most.append(len(batch))
+        return batch_loss(lm, batch, *given)
+
+    monkeypatch.setattr("ctxdistill.train.batch_loss", seen)
+    section = TrainSection(batch_size=8, micro_batch=2, epochs=1, temperature=2.0)
+    train(lm, examples, examples[:6], section, RunDir(tmp_path / "run"))
+    assert max(most) == 2
 
 
 def test_training_lowers_the_kl_and_leaves_the_base_alone(ready: Ready, tmp_path: Path) -> None:

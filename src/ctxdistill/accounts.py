@@ -26,7 +26,7 @@ from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
 from ctxdistill.spool import Lazy
 from ctxdistill.targets import captured_mass
-from ctxdistill.train import State
+from ctxdistill.train import State, saved
 from ctxdistill.weights import give_back_memory, weights_in
 
 
@@ -48,6 +48,7 @@ def summary(
         "student_completions": sum(line["student_rows"] for line in rounds(run)),
         "supervised_tokens": state.tokens,
         "truncated_completions": truncated(recipe, prompter, examples),
+        "memory_savings": state.savings,
         "topk_mass": captured_mass(Lazy.over(examples, lambda e: e.target)),
     }
 
@@ -110,7 +111,7 @@ def cost(recipe: Recipe, table: dict[str, Any], seconds: dict[str, float], token
 
 def notes(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data, training: Mapping[str, Any]) -> list[str]:
     """What a reader of the results must know. `training` is the `summary`."""
-    found = [*lm.notes, *prompter.template_notes()]
+    found = [*lm.notes, *prompter.template_notes(), *saved(recipe.train, training["memory_savings"])]
     if n := rows.counts.get("turns_without_text"):
         found.append(f"{n} assistant's turns hold a tool call and no text, and are not taught")
     if n := rows.counts["dropped_duplicates"]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ctxdistill import __version__, processes, trust
-from ctxdistill.errors import CtxDistillError, RunError, redact
+from ctxdistill.errors import CtxDistillError, RunError, as_memory_error, redact
 from ctxdistill.rundir import RunDir, write_atomic
 
 if TYPE_CHECKING:
@@ -748,6 +748,7 @@ def _told(error: Exception | KeyboardInterrupt) -> tuple[int, dict[str, Any]]:
     """Print an error; the exit code, and the same for machines."""
     from ctxdistill import display
 
+    error = as_memory_error(error) or error
     if isinstance(error, CtxDistillError):
         display.error(str(error))
         return 2, display.error_dict(error)

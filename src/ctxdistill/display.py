@@ -218,6 +218,8 @@ def plan(out: Console, found: Mapping[str, Any]) -> None:
         table.add_row(plain(stage), plain(duration(seconds)))
     out.print(table)
     say(out, _expected(found))
+    for note in found["notes"]:
+        _item(out, note)
     gain = found.get("bfloat16") or 1.0
     slower, faster = "float32", "bfloat16"
     if found["dtype"] == faster:

@@ -60,6 +60,21 @@ class TrainError(CtxDistillError):
     """Training cannot go on: a loss that is not finite, a gradient that is zero."""
 
 
+def as_memory_error(error: BaseException) -> ModelError | None:
+    """What to say when an error of Python's, torch's or a GPU's is that there is too little memory; else None."""
+    said = str(error).strip().partition("\n")[0]
+    # torch's own class, which is not to be loaded for this; on a CPU torch has none
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if not kinds & {"MemoryError", "OutOfMemoryError"} and "can't allocate memory" not in said:
+        return None
+    return ModelError(
+        "the memory does not hold what is to be done at once",
+        found=said,
+        fix="lower targets.batch_size for rows that are written, read or measured side by side, and train.micro_batch for training; "
+        'set model.quantize = "4bit"; take a smaller model; or close what else uses the device',
+    )
+
+
 def redact(text: str) -> str:
     """`text` without the values of secret environment variables, and without the user in an address (`//user:word@host`)."""
     for name, value in os.environ.items():

@@ -45,6 +45,7 @@ from ctxdistill.weights import (
     load_tokenizer,
     loading,
     locate,
+    memory_of,
     pick_device,
     pick_dtype,
     quantized,
@@ -58,11 +59,13 @@ WORTH_SHARING = 8
 FEW, MANY = 32, 256
 """Rows side by side that keep a CPU busy, and an accelerator."""
 HELD = 2**32
-"""Bytes of the keys and values of rows that are written side by side on an accelerator."""
+"""Bytes of the keys and values of rows that are written side by side on an accelerator, if it has them."""
+SPARE = 4
+"""One in so many of the bytes that a GPU has beside the model may be taken for one purpose."""
 WORTH_RECORDING = 8
 """Tokens still to write that make up for recording one of them."""
 AT_ONCE = 2**14
-"""Tokens of rows that are read in one forward pass without a gradient; more of them are no faster and take memory."""
+"""Tokens of rows that are read in one forward pass without a gradient, if the memory is there; more of them are no faster."""
 PAD = 0  # padding is masked everywhere, so any id that has an embedding will do; a tokenizer's own may have none
 
 
@@ -246,7 +249,8 @@ class LM:
 
     def rows_at_once(self, given: int | None, tokens: int, shared: int = 0) -> int:
         """Rows to write, read or score side by side: as many as are `given`, else what suits the device, for rows of at most so many
-        `tokens`, of which all share the first ones. The same for the same model, so that batches are formed alike each time."""
+        `tokens`, of which all share the first ones. The same for the same model and kind of device, so that batches are formed
+        alike each time."""
         tokens -= shared if self.can_pack else 0  # else each has a copy
         if given:
             return given
@@ -255,7 +259,24 @@ class LM:
         if self.device.type == "cpu" or not heads:
             return FEW
         each = 2 * config.num_hidden_layers * heads * head_size(config) * self.model.dtype.itemsize  # bytes of a token
-        return int(max(1, min(MANY, HELD // (each * max(1, tokens)))))
+        held = HELD if self.room is None else min(HELD, self.room // SPARE)
+        return int(max(1, min(MANY, held // (each * max(1, tokens)))))
+
+    @functools.cached_property
+    def room(self) -> int | None:
+        """Bytes that a GPU has beside the model, whoever uses them; None on other devices."""
+        whole = memory_of(self.device)
+        return whole and max(0, whole - sum(p.numel() * p.element_size() for p in self.model.parameters()))
+
+    @property
+    def _tokens_at_once(self) -> int:
+        """At most `AT_ONCE`, and no more than the room is for what a block keeps of each while it works."""
+        config = self.model.config.get_text_config()
+        width = getattr(config, "intermediate_size", None)
+        if self.room is None or not isinstance(width, int):
+            return AT_ONCE
+        each = (3 * width + 4 * config.hidden_size) * self.model.dtype.itemsize
+        return int(max(1, min(AT_ONCE, self.room // SPARE // each)))
 
     @functools.cached_property
     def can_pack(self) -> bool:
@@ -287,7 +308,7 @@ class LM:
 
     def hidden(self, rows: Sequence[tuple[Sequence[int], int]], prefix: Prefix | None = None) -> list[torch.Tensor]:
         """Final hidden states at the positions that predict the last tokens of each row, in one forward pass; without a
-        gradient in as many as keep each below `AT_ONCE` tokens.
+        gradient in as many as keep each below `AT_ONCE` tokens, or fewer on a small GPU.
 
         Args:
             rows: (ids, T) pairs; the last T ids of each are the completion.
@@ -301,7 +322,7 @@ class LM:
                 f"{self._turn} tokens; what is read in batches, or behind a shared context, then differs a little from rows alone"
             )
         before = len(prefix.ids) if prefix else 0
-        many = len(rows) > 1 and sum(len(ids) - before for ids, _ in rows) > AT_ONCE
+        many = len(rows) > 1 and sum(len(ids) - before for ids, _ in rows) > self._tokens_at_once
         # processes that share the weights must come to as many passes
         if many and not self.sharded and not torch.is_grad_enabled():
             half = len(rows) // 2
@@ -621,6 +642,14 @@ class LM:
     def training(self, on: bool) -> None:
         """Switch dropout on or off, where there is any."""
         (self.peft or self.model).train(on)
+
+    def recompute(self, on: bool) -> None:
+        """Whether the backward pass computes activations again, instead of keeping them."""
+        if on:
+            self.model.activation_checkpointing_enable()
+        elif self.model.is_activation_checkpointing:
+            self.model.activation_checkpointing_disable()
+            self.model.disable_input_require_grads()
 
     @contextlib.contextmanager
     def adapter(self, on: bool, strength: float = 1.0) -> Iterator[None]:

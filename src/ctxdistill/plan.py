@@ -8,6 +8,7 @@ model; the model is afterwards as it was before; nothing is kept.
 from __future__ import annotations
 
 import heapq
+import itertools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,13 +24,14 @@ from ctxdistill.dataset import Data
 from ctxdistill.evaluate import score_arm, teacher_targets
 from ctxdistill.generic import TRAINED
 from ctxdistill.lm import LM, linear_layers
-from ctxdistill.objective import Example, batch_loss
+from ctxdistill.objective import Example, Stats, batch_loss
 from ctxdistill.products import linear
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe, TargetsSection
+from ctxdistill.replay import Replay
 from ctxdistill.store import Target, TargetStore
 from ctxdistill.targets import label
-from ctxdistill.train import Part, Step, backward, recordings
+from ctxdistill.train import Part, Step, attempt, recordings, saved, saving
 
 ARMS_TIMED = 3
 COMPARED = torch.float32, torch.bfloat16
@@ -38,7 +40,7 @@ COMPARED = torch.float32, torch.bfloat16
 
 @dataclass(frozen=True)
 class Speeds:
-    """What was measured; seconds, but for the last two."""
+    """What was measured; seconds, but for the last three."""
 
     context: float
     """To read what all teacher prompts start with."""
@@ -56,6 +58,8 @@ class Speeds:
     """Tokens of a completion."""
     memory_mb: float
     """The most that was in use, the model included."""
+    savings: int = 0
+    """How often the device's memory did not hold a training step (`train.saving`)."""
 
 
 def measure(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> Speeds:
@@ -77,7 +81,7 @@ def measure(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> Speeds:
             lambda: lm.generate([evaluated[0].student], max_new_tokens=limit, ends=prompter.ends, record=False)
         )
         targets = [target for found in made for target in found]
-        train, forward = step(recipe, lm, longest(recipe, rows.pairs["train"], targets))
+        train, forward, savings = step(recipe, lm, longest(recipe, rows.pairs["train"], targets))
     count = len(targets)
     return Speeds(
         context=context,
@@ -88,6 +92,7 @@ def measure(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> Speeds:
         forward=forward,
         answer_tokens=sum(len(t.ids) for t in targets) / count,
         memory_mb=peak.mb,
+        savings=savings,
     )
 
 
@@ -98,37 +103,40 @@ def longest(recipe: Recipe, pairs: Sequence[Pair], targets: Sequence[Target]) ->
     return [Example(str(i), prompt, targets[i % len(targets)]) for i, prompt in enumerate(prompts)]
 
 
-def step(recipe: Recipe, lm: LM, batch: Sequence[Example]) -> tuple[float, float]:
-    """Seconds per student token of a training step, and of a forward pass alone; with an adapter of its own."""
+def step(recipe: Recipe, lm: LM, batch: Sequence[Example]) -> tuple[float, float, int]:
+    """Seconds per student token of a training step, and of a forward pass alone, with an adapter of its own; and how often
+    the device's memory did not hold the step (`train.saving`)."""
     tokens = sum(len(e.prompt) + len(e.target.ids) - 1 for e in batch)
     lm.add_adapter(recipe.lora, recipe.train.seed)
     try:
         lm.training(True)
-        if recipe.train.gradient_checkpointing:
-            lm.model.activation_checkpointing_enable()
         parameters = list(lm.trainable().values())
         optimizer = torch.optim.AdamW(parameters, fused=True)
-        how = recipe.train.model_copy(update={"retain_weight": 0.0})
-        replays = recordings(lm, [batch], [], how)
-        model, parts = Step(lm), [Part(batch, 1.0, how, "loss")]
+        plain, model, said = recipe.train.model_copy(update={"retain_weight": 0.0}), Step(lm), ""
+        for savings in itertools.count():
+            how = saving(plain, savings, said)
+            lm.recompute(how.gradient_checkpointing)
+            parts, replays = [Part(batch, 1.0, how, "loss")], recordings(lm, [batch], [], how)
 
-        def whole() -> None:
-            backward(model, parts, replays)
-            torch.nn.utils.clip_grad_norm_(parameters, recipe.train.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            def whole(parts: list[Part] = parts, replays: dict[str, Replay] = replays) -> Stats | str:
+                found = attempt(model, parts, replays)
+                torch.nn.utils.clip_grad_norm_(parameters, recipe.train.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                return found
 
-        whole()
+            found = whole()
+            if not isinstance(found, str):
+                break
+            said = found
         _, train = clocked(whole)
         lm.training(False)
         with torch.no_grad():
             _, forward = clocked(lambda: batch_loss(lm, batch, recipe.train))
     finally:
-        if recipe.train.gradient_checkpointing:
-            lm.model.activation_checkpointing_disable()
-            lm.model.disable_input_require_grads()
+        lm.recompute(False)
         lm.remove_adapter()
-    return train / tokens, forward / tokens
+    return train / tokens, forward / tokens, savings
 
 
 @torch.no_grad()
@@ -161,7 +169,8 @@ def clocked(work: Any) -> tuple[Any, float]:
 def predict(recipe: Recipe, lm: LM, rows: Data, s: Speeds) -> dict[str, Any]:
     """Seconds by stage, memory, disk and money of the whole run.
 
-    `seconds` is their sum; `disk_mb` what the run folder will hold at most, checkpoints included.
+    `seconds` is their sum; `disk_mb` what the run folder will hold at most, checkpoints included; `notes` what a reader must
+    know.
     """
     samples, per_request = recipe.completions.samples, recipe.eval.latency_rows + 1 if recipe.eval.latency_rows else 0
     train, validation, evaluated = (len(rows.pairs[split]) for split in ("train", "validation", "eval"))
@@ -199,6 +208,7 @@ def predict(recipe: Recipe, lm: LM, rows: Data, s: Speeds) -> dict[str, Any]:
         "disk_mb": disk / 2**20,
         "answer_tokens": s.answer_tokens,
         "cost": seconds / 3600 * hourly if hourly else None,
+        "notes": saved(recipe.train, s.savings),
     }
 
 

@@ -268,7 +268,8 @@ class TargetsSection(Section):
     Below the recipe's folder or the working directory."""
     batch_size: Positive | None = None
     """Rows per teacher forward pass (fewer where they are long), and per generation and evaluation batch. Unset: 32 on a CPU;
-    on an accelerator as many, up to 256, as write side by side with 4 GB of keys and values. Part of what makes a run
+    on an accelerator as many, up to 256, as write side by side with 4 GB of keys and values, or a quarter of what a GPU has
+    beside the model. Part of what makes a run
     bit for bit repeatable."""
 
 
@@ -359,9 +360,11 @@ class TrainSection(Section):
     batch_size: Positive = 8
     """Rows per optimizer step."""
     micro_batch: NotNegative = 0
-    """Rows per forward pass; 0 means the whole batch. Changes memory, not the gradient."""
+    """Rows per forward pass; 0 means the whole batch. Changes memory, not the gradient. A step that a GPU's memory does not
+    hold is taken again with half as many, and so are all that follow; the log, the report and `plan` say so."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time. Done by itself where a GPU's memory does
+    not hold a step with one row."""
     cuda_graphs: bool = True
     """On a GPU of NVIDIA's, record a step once and replay it with other rows: small models are many short kernels, which
     take longer to start than to run. Left out by itself where it cannot be done: with dropout, with gradient

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import math
 import time
@@ -91,6 +92,8 @@ class State:
     tokens: int = 0
     """Supervised tokens so far."""
     stopped: bool = False
+    savings: int = 0
+    """How often the device's memory did not hold a step (`saving`)."""
 
 
 class Step(torch.nn.Module):
@@ -127,7 +130,7 @@ def shares(rows: Sequence[Example], size: int) -> Iterator[list[Example]]:
 def mean_loss(lm: LM, examples: Sequence[Example], section: TrainSection) -> float:
     """Mean loss per supervised token, in nats. Of several processes each takes its share, and all must come here."""
     sums = torch.zeros(2, dtype=torch.float64)  # loss, tokens
-    for rows in shares(examples, section.batch_size):
+    for rows in shares(examples, section.micro_batch or section.batch_size):
         loss = batch_loss(lm, rows or examples[:1], section).item()
         if rows:
             sums += torch.tensor([loss, sum(len(e.target.ids) for e in rows)], dtype=torch.float64)
@@ -138,6 +141,41 @@ def mean_loss(lm: LM, examples: Sequence[Example], section: TrainSection) -> flo
 def mean_kl(lm: LM, examples: Sequence[Example], batch_size: int) -> float:
     """Mean KL(teacher || student) per supervised token, in nats, whatever is trained."""
     return mean_loss(lm, examples, TrainSection(loss="forward_kl", batch_size=batch_size))
+
+
+def saving(section: TrainSection, times: int, found: str = "") -> TrainSection:
+    """How to train on a device whose memory did not hold a step so many `times`: each time the cheapest of what is left. That is
+    to record no steps; to have half as many rows in a pass, down to one; and to compute activations again. None changes the gradient.
+
+    Raises: `TrainError` when nothing is left, with what the device said (`found`).
+    """
+    for _ in range(times):
+        rows = section.micro_batch or section.batch_size
+        if section.cuda_graphs:
+            change: dict[str, Any] = {"cuda_graphs": False}
+        elif rows > 1:
+            change = {"micro_batch": -(-rows // 2)}
+        elif not section.gradient_checkpointing:
+            change = {"gradient_checkpointing": True}
+        else:
+            raise TrainError(
+                "the device's memory does not hold a step with one row",
+                found=found,
+                fix='shorten the rows, set model.quantize = "4bit", take a smaller model, or close what else uses the device',
+            )
+        section = section.model_copy(update=change)
+    return section
+
+
+def saved(section: TrainSection, times: int) -> list[str]:
+    """What `saving` did, for a reader."""
+    how, done = saving(section, times), ["are not recorded"]
+    if how.micro_batch != section.micro_batch:
+        done.append(f"are taken {how.micro_batch} rows at a time")
+    if how.gradient_checkpointing != section.gradient_checkpointing:
+        done.append("compute activations again")
+    said = f"the device's memory does not hold a training step of {section.batch_size} rows; steps {', '.join(done)}"
+    return [said] if times else []
 
 
 def learning_rate(step: int, steps: int, section: TrainSection) -> float:
@@ -193,7 +231,8 @@ def train(
 
     `retained` rows add `retain_weight` times their own mean loss (without cross-entropy) to that of each step.
     With a `source`, each step learns from what that returns; it may use the model as it then is (`policy.Rounds`).
-    Goes on from the newest checkpoint in the run folder, if there is one.
+    Goes on from the newest checkpoint in the run folder, if there is one. A step that the memory of a GPU does not hold is
+    taken again with less at a time (`saving`), and so are all that follow.
 
     Raises: `TrainError` when the loss or a gradient is not finite, or no gradient reaches the adapter.
     """
@@ -212,9 +251,9 @@ def train(
     state = restore(run, parameters, optimizer)
     if main:
         drop_later_metrics(run, state.step)
+    wanted, section = section, saving(section, state.savings)
     lm.training(True)
-    if section.gradient_checkpointing:
-        lm.model.activation_checkpointing_enable()
+    lm.recompute(section.gradient_checkpointing)
     model = Step.of_all(lm)
     source = source or Plain(examples, section, steps)
     known, replays = range(0), dict[str, Replay]()
@@ -237,7 +276,17 @@ def train(
             group["lr"] = rate
         torch.manual_seed(section.seed * 1_000_003 + state.step + (processes.rank() << 40))  # dropout, if any
         optimizer.zero_grad()
-        sums = backward(model, parts, replays)
+        sums = attempt(model, parts, replays)
+        if isinstance(sums, str):
+            state.savings += 1
+            state.seconds += time.perf_counter() - started
+            section, known, replays = saving(wanted, state.savings, found=sums), range(0), {}
+            lm.recompute(section.gradient_checkpointing)
+            if section.checkpoint_every:  # a resumed run, too, must save from this step on
+                checkpoint(run, state, parameters, optimizer)
+            how = section.model_dump(include={"cuda_graphs", "micro_batch", "gradient_checkpointing"})
+            log({"event": "memory", "step": state.step, "epoch": state.step / per_epoch, **how})
+            continue
         stats = {name: float(value) for name, value in sums.items()}
         total = stats.pop("loss", 0.0) + (retain := stats.pop("retain", 0.0))
         norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), section.clip))
@@ -269,9 +318,7 @@ def train(
     trackers.finish(accelerator)
     if validation:
         load_tensors(run / "checkpoints/best.safetensors", parameters)
-    if section.gradient_checkpointing:  # the next one to be trained on this model may not want it
-        lm.model.activation_checkpointing_disable()
-        lm.model.disable_input_require_grads()
+    lm.recompute(False)  # the next one to be trained on this model may not want it
     lm.training(False)
     return state
 
@@ -300,6 +347,22 @@ def as_retained(section: TrainSection) -> TrainSection:
     return section.model_copy(update={"ce_weight": 0.0})
 
 
+def attempt(model: torch.nn.Module, parts: Sequence[Part], replays: dict[str, Replay]) -> Stats | str:
+    """`backward`; or what the device says if its memory does not hold the step, which then leaves nothing behind."""
+    try:
+        return backward(model, parts, replays)
+    except torch.OutOfMemoryError as error:
+        if processes.count() > 1:  # the others wait for this one
+            raise
+        said = str(error).partition("\n")[0]
+    # by now the error is gone, which knew all that was computed
+    replays.clear()
+    model.zero_grad()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return said
+
+
 def backward(model: torch.nn.Module, parts: Sequence[Part], replays: dict[str, Replay] | None = None) -> Stats:
     """Leave the gradient of a step on the trained weights, that of all processes together; returns the sums for the log.
     A part that fits in one of `replays` is replayed; one that cannot be recorded is dropped from them."""
@@ -315,11 +378,8 @@ def backward(model: torch.nn.Module, parts: Sequence[Part], replays: dict[str, R
             try:
                 add(sums, name, replays[name](rows, divisor, noted))
                 continue
-            except torch.OutOfMemoryError:  # to go on without would give other bits than a resumed run
-                raise TrainError(
-                    "the GPU's memory does not hold a recorded step",
-                    fix="lower train.micro_batch, or set train.cuda_graphs = false",
-                ) from None
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # the model waits for the GPU somewhere
                 del replays[name]
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
@@ -347,7 +407,7 @@ def validate(
     lm.training(False)
     loss = mean_loss(lm, validation, section)
     plain = (section.loss, section.temperature, section.ce_weight) == ("forward_kl", 1.0, 0.0)
-    kl = loss if plain else mean_kl(lm, validation, section.batch_size)
+    kl = loss if plain else mean_kl(lm, validation, section.micro_batch or section.batch_size)
     lm.training(True)
     if not math.isfinite(loss):
         raise TrainError(

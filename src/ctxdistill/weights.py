@@ -53,6 +53,11 @@ def give_back_memory() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory, used or not; None for other devices, whose memory is everybody's."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is the first accelerator there is, else the CPU."""
     if name == "auto":
