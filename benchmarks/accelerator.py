@@ -2,7 +2,7 @@
 
 Models with random weights in published shapes, in bfloat16 (float32 on a CPU, where this runs, too, to be tried). Each does
 four things: `label`, the teacher's forward over 256 rows of 25 query and 34 answer tokens behind a context of 1,000 that is read
-once; `read`, that context itself, eight at once; `write`, the same rows' first 64 tokens; and `train`, steps of a LoRA of
+once; `read`, that context itself, eight times; `write`, the same rows' first 64 tokens; and `train`, steps of a LoRA of
 rank 16 on all linear layers over rows of 24 template, 25 query, and 34 or 512 answer tokens. Best of three after a first
 one. `use` is the FLOPs that `accounts` counts over what a large product of matrices does in the same time in the same run.
 `busy` is the part of the time in which some kernel ran, from a profile of one more run: what is missing to 1 is the

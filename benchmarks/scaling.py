@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py --price 2.5
 
-Nothing is run, and no GPU was at hand: a shape's FLOPs and bytes are exact, the shares of a GPU's peak that they reach are
-assumptions, and what the processors do beside the GPUs was measured (`benchmarks/volume.py`). See docs/scaling.md.
+Nothing is run: a shape's FLOPs and bytes are exact, the shares of a GPU's peak that they reach are assumptions, and what the
+processors do beside the GPUs was measured (`benchmarks/volume.py`). docs/scaling.md says what one H100 reached.
 
 Letters: C context, Q query, T answer tokens; W weights of the linear layers; d width, V vocabulary, L layers.
 """
@@ -21,7 +21,9 @@ CONTEXTS = (2_000, 100_000)
 GPUS = (1, 8, 64)
 RANK = 16
 ROWS = 32
-"""Rows of a GPU in a training step, or that it writes at a time."""
+"""Rows of a GPU in a training step."""
+WRITTEN, HELD = 256, 2**32
+"""Rows that a GPU writes side by side, and the bytes that their own keys and values may take (as `lm.rows_at_once`)."""
 TOP_K = 256
 
 
@@ -108,7 +110,7 @@ class Machine:
     disk: float = 3e9
     """Bytes per second that a machine's disk writes or reads."""
     reached: float = 0.40
-    """Of the FLOPs, in forwards and training steps (on the two CPU cores of docs/performance.md: 0.65)."""
+    """Of the FLOPs, in forwards and training steps (on the two CPU cores of docs/performance.md: 0.7 to 0.8)."""
     reached_memory: float = 0.60
     """Of the memory's bandwidth, when answers are written."""
 
@@ -137,15 +139,16 @@ def score_seconds(shape: Shape, context: int) -> float:
 
 
 def write_seconds(shape: Shape, context: int) -> float:
-    """GPU seconds to write an answer: each token of `ROWS` rows reads the weights, the context's cache once for all of them
-    and each row's own, or computes, whichever takes longer."""
+    """GPU seconds to write an answer, whose states are kept: each token of all rows side by side reads the weights, the context's
+    cache once for all of them and each row's own, or computes, whichever takes longer."""
+    own = shape.cache(QUERY + ANSWER)
+    rows = min(WRITTEN, HELD // own)
     step = max(
-        (shape.bytes + shape.cache(context) + ROWS * shape.cache(QUERY + ANSWER))
-        / (GPU.bandwidth * GPU.reached_memory),
-        ROWS * shape.forward(1, context + QUERY, 1) / (GPU.flops * GPU.reached),
+        (shape.bytes + shape.cache(context) + rows * own) / (GPU.bandwidth * GPU.reached_memory),
+        rows * shape.forward(1, context + QUERY, 1) / (GPU.flops * GPU.reached),
     )
     prompt = shape.forward(QUERY, context) / (GPU.flops * GPU.reached)
-    return prompt + ANSWER * step / ROWS
+    return prompt + ANSWER * step / rows
 
 
 def train_seconds(shape: Shape, split: int, gpus: int) -> tuple[float, float]:
@@ -222,7 +225,7 @@ def jobs(price: float, given: bool) -> None:
                 if split is None:
                     rows.append([shape.name, f"{context:,}", str(gpus), *["does not fit"], *["-"] * 5])
                     continue
-                one = score_seconds(shape, context) + (0 if given else write_seconds(shape, context))
+                one = (score_seconds if given else write_seconds)(shape, context)
                 label = QUERIES * one / gpus
                 row, waited = train_seconds(shape, split, gpus)
                 train = EPOCHS * QUERIES * row / gpus
@@ -248,7 +251,7 @@ def main() -> int:
     parser.add_argument("--price", type=float, default=2.5, help="of a GPU hour")
     args = parser.parse_args()
     print(f"{GPU.name}: {GPU.flops / 1e12:,.0f} TFLOP/s, of which {GPU.reached:.0%}; {GPU.bandwidth / 1e12:g} TB/s, of which "
-          f"{GPU.reached_memory:.0%}; query {QUERY}, answer {ANSWER} tokens, {EPOCHS} epoch, {ROWS} rows per GPU")  # fmt: skip
+          f"{GPU.reached_memory:.0%}; query {QUERY}, answer {ANSWER} tokens, {EPOCHS} epoch, {ROWS} rows in a step")  # fmt: skip
     shapes()
     speeds()
     jobs(args.price, given=True)

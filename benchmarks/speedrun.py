@@ -166,10 +166,11 @@ def attempt(lm: LM, recipe: Recipe, course: Course, every: int, folder: Path) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("recipes", nargs="*", type=Path, default=[DEMO])
     parser.add_argument(
-        "--variants", nargs="+", default=["default"], help="all, methods, or some of: " + ", ".join(VARIANTS)
+        "recipes", nargs="*", type=Path, default=[DEMO], metavar="RECIPE", help="the demo, if none is named"
     )
+    names = ", ".join(f'"{name}"' for name in VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=["default"], help=f"all, methods, or some of: {names}")
     parser.add_argument("--every", type=int, default=4, help="steps between two measurements")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument(

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 CONTEXT = "Answer with the town and the order, and nothing else."
 STAGES = {"teacher": "label", "train": "train"}
 """How the progress of a stage begins -> its column; all else is `rest`: rows read and checked, both prompts made, the gate,
-the evaluation, reading what was written."""
+the evaluation, reading what was written. What comes between two stages counts to the second: making the adapter and the first
+held-out loss to `train`."""
 COLUMNS = (*STAGES.values(), "rest")
 
 

@@ -197,11 +197,13 @@ def test_a_result_says_everything(pipeline: types.SimpleNamespace, capfd: pytest
     assert "query 5" not in out  # five rows, no more
 
 
-@pytest.mark.parametrize("arguments", [["demo"], ["demo", "--small"]])
-def test_demo_folders(arguments: list[str], pipeline: types.SimpleNamespace) -> None:
-    assert cli.main(arguments) == 0
-    small = "--small" in arguments
-    assert pipeline.calls == [((Path("runs/demo-small" if small else "runs/demo"),), {"small": small})]
+@pytest.mark.parametrize(
+    ("arguments", "out", "small"),
+    [([], None, False), (["--small"], None, True), (["--out", "here"], Path("here"), False)],
+)
+def test_demo_folders(arguments: list[str], out: Path | None, small: bool, pipeline: types.SimpleNamespace) -> None:
+    assert cli.main(["demo", *arguments]) == 0
+    assert pipeline.calls == [((out,), {"small": small})]
 
 
 def test_what_the_user_can_fix_is_2(pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:

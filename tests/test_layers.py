@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "src" / "ctxdistill"
-ORDER = """
-errors < files, trust, processes, losses, stats, generic, similar, chunks, answers, spool, sandbox < messages, readers, recipe <
-rows, programs < conversations < tasks, formats < rundir, endpoint < draws, arms < grid < weights, caches, kernels,
-graphs, products < packing, fused, adapters, sealed, trackers < decoding < lm < prompts < synthesis, store < targets,
-upkeep < teachers, engines, objective < replay < train < policy < evaluate < dataset < groups < accounts, behaviour <
-crosstalk < compose, plan, session < retention < cells < results, plots < claims < analysis < report, gguf_export <
-export, runtimes < check < study_report, compare, cluster < pipeline < study, playground < display < cli < docs
-"""
+import ctxdistill
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "ctxdistill"
+ORDER = re.findall(r"```\n(errors < .*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.DOTALL)[
+    0
+]
+"""As contributors read it."""
 FREE = {"__init__", "__main__"}
 """The package's face: may import everything."""
 LIGHT = [
@@ -106,3 +105,16 @@ def test_light_modules_do_not_load_torch(module: str) -> None:
 def test_source_has_no_unsafe_loading(unsafe: str) -> None:
     assert len(SOURCES) > 5
     assert [p.name for p in SOURCES if re.search(unsafe, p.read_text(encoding="utf-8"))] == []
+
+
+def test_the_readme_knows_every_module() -> None:
+    table = re.findall(r"^\| `.*? \|", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    named = {name.strip("/") for row in table for name in re.findall(r"`([\w/]+)`", row)}
+    assert set(RANK) <= named
+
+
+def test_the_package_shows_its_names() -> None:
+    code = "import ctxdistill; print(set(ctxdistill.__all__) - set(dir(ctxdistill)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout == "set()\n"
+    assert all(getattr(ctxdistill, name) is not None for name in ctxdistill.__all__)
+    assert (PACKAGE / "py.typed").exists()

@@ -350,3 +350,12 @@ def test_a_stored_recipe_tells_what_was_given_from_defaults(job: Path) -> None:
     assert stored.to_dict() == given.to_dict()
     assert explicit(stored) == explicit(given)
     assert pipeline.evaluate(done.path)["rows"] == 8
+
+
+@pytest.mark.parametrize(("small", "folder"), [(False, "runs/demo"), (True, "runs/demo-small")])
+def test_each_demo_has_a_folder_of_its_own(small: bool, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Path] = []
+    monkeypatch.setattr(pipeline, "distill", lambda recipe, out, **_: seen.append(out))
+    pipeline.demo(small=small)
+    pipeline.demo("here", small=small)
+    assert list(map(str, seen)) == [folder, "here"]

