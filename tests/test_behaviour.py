@@ -237,7 +237,8 @@ def test_the_pages_say_it(job: Path) -> None:
     assert share is not None and f"{100 * share:.1f} % of the KL that was taught" in facts["4 unrelated prompts"]
     assert "strength 0.5" in facts and "with the context in its prompt again" in facts
     remarks = " ".join(verdict(run.evaluation)["remarks"])
-    assert ("changes unrelated prompts" in remarks) == ("train.retain_weight lowers that" in remarks) == (share > 0.1)
+    seen = max(share, run.evaluation["behaviour"]["unrelated"]["kl"]["mean"]) > 0.1
+    assert ("changes unrelated prompts" in remarks) == ("train.retain_weight lowers that" in remarks) == seen
     page, text = ((job / "run" / name).read_text() for name in ("report.html", "report.md"))
     assert "Behaviour elsewhere" in page and "Strength of the adapter" in page and "Behaviour elsewhere" in text
     assert "<b>in one word</b>" not in page and "&lt;b&gt;in one word&lt;/b&gt;" in page

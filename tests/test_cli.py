@@ -45,7 +45,8 @@ EVALUATION: dict[str, Any] = {
     "kl_closed": {"mean": 0.97, "low": 0.96, "high": 0.98},
     "gap_closed": {"mean": float("nan"), "low": 0.0, "high": 1.0},
     "comparisons": [], "constant": None, "gate": GATE, "notes": ["a note"],
-    "cost": {"seconds": {"total": 200.0}, "prompt_tokens_saved": 321.0, "ms_saved": 50.0, "break_even_requests": 4321,
+    "cost": {"seconds": {"total": 200.0}, "prompt_tokens_saved": 321.0,
+             "ms_saved": {"mean": 50.0, "low": 40.0, "high": 60.0, "n": 10}, "break_even_requests": 4321,
              "break_even_money": None, "training_tokens": 1000, "break_even_tokens": 99},
 }  # fmt: skip
 ROW = {
@@ -150,6 +151,22 @@ def test_a_plan_is_told_stage_by_stage(pipeline: types.SimpleNamespace, capfd: p
     assert "train 65 s" in lines
     assert "estimated: 100 s to distil, 1,700 MB of memory, 12 MB on disk, cost 0.50" in lines
     assert any("steps [b]are[/b] taken 2 rows at a time" in line for line in lines)
+
+
+def test_a_context_that_adds_no_token_and_requests_that_are_no_quicker(
+    pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.gate = lambda recipe, progress: {**GATE, "context_tokens": -10}
+    assert cli.main(["gate", "my.toml"]) == 0
+    assert "with the context in it the prompt is 10 prompt tokens shorter, a query 12" in capfd.readouterr().out
+    noisy = {"mean": 50.0, "low": -40.0, "high": 140.0, "n": 4}
+    cost = {**EVALUATION["cost"], "prompt_tokens_saved": -10.0, "ms_saved": noisy, "break_even_requests": None}
+    assert display.pays_off(cost) == [
+        "every request is 10 prompt tokens longer: the chat template puts a system text of its own in the context's place "
+        "(context.student_system); distilling took 3.3 min",
+        "counted in time on this machine it is not shown to pay off: +50.0 ms [-40.0, +140.0] saved by a request, 4 rows",
+        "pays off after 99 requests, counted in prompt tokens",
+    ]
 
 
 @pytest.mark.parametrize(("dtype", "gain", "times"), [("float32", 1.9, 1.9), ("bfloat16", 0.125, 8.0)])

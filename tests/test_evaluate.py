@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import tiny
+from ctxdistill.accounts import cost
 from ctxdistill.dataset import prepare
 from ctxdistill.errors import RecipeError
 from ctxdistill.evaluate import (
     field_accuracy,
+    freely,
     gate_verdict,
     main_metric,
     metrics_of,
@@ -87,6 +89,10 @@ def test_label_tasks_are_measured_by_label(job: Path) -> None:
     targets = teacher_targets(lm, prompter, pairs, recipe, TargetStore(job / "t"))
     scores = {arm: score_arm(arm, lm, prompter, pairs, targets, recipe) for arm in ("zero_shot", "in_context")}
     assert {s["prediction"] for arm in scores.values() for s in arm} <= {"ANT", "BEE"}
+    for score in scores["zero_shot"]:
+        said = score["greedy"].strip().casefold()
+        assert score["metrics"]["free_label"] == (said in ("ant", "bee"))
+        assert score["metrics"]["free_accuracy"] == (said == score["answer"].casefold())
     result = tables(scores, {}, recipe.eval, 0)
     assert result["main_metric"] == "label_accuracy" and "macro_f1" in result["table"]["zero_shot"]
     asked = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"metrics": ["macro_f1"]})})
@@ -99,6 +105,40 @@ def test_label_tasks_are_measured_by_label(job: Path) -> None:
         "metric": "label_accuracy",
         "mean": 0.5,
     }
+
+
+def test_what_is_written_freely_is_judged_as_it_is() -> None:
+    words = ["ANT", "BEE"]
+    assert freely(" bee\n", "BEE", words) == {"free_label": 1.0, "free_accuracy": 1.0}
+    assert freely("ANT", "BEE", words) == {"free_label": 1.0, "free_accuracy": 0.0}
+    assert freely("ANT!", None, words) == {"free_label": 0.0, "free_accuracy": None}
+
+
+def test_time_is_saved_where_the_timed_rows_show_it() -> None:
+    score = {
+        "row": "1",
+        "query": "q",
+        "answer": None,
+        "prediction": "p",
+        "metrics": {},
+        "prompt_tokens": 9,
+        "kl": 1.0,
+        "top1": 1.0,
+        "tokens": 2,
+    }
+    scores = {arm: [{**score, "arm": arm}] for arm in ("zero_shot", "in_context", "distilled")}
+    recipe = Recipe.from_dict({"model": {"name": "x"}, "context": {"system": "s"}, "queries": {"data": "q"}})
+    for teacher, student, shown in (
+        ([90.0, 100.0, 110.0], [50.0, 61.0, 70.0], True),
+        ([90.0, 200.0, 30.0], [50.0, 60.0, 110.0], False),
+    ):
+        found = tables(scores, {"in_context": teacher, "distilled": student}, recipe.eval, 0)
+        saved = found["ms_saved"]
+        assert saved["mean"] == pytest.approx(sum(teacher) / 3 - sum(student) / 3) and saved["n"] == 3
+        paid = cost(recipe, found, {"total": 4.0}, 100)
+        assert paid["ms_saved"] == saved
+        assert paid["break_even_requests"] == (round(4000 / saved["mean"]) if shown else None)
+    assert tables(scores, {}, recipe.eval, 0)["ms_saved"] is None
 
 
 def test_tables_and_the_gate() -> None:

@@ -131,7 +131,7 @@ def make_evaluation() -> dict[str, Any]:
         "cost": {
             "seconds": {"gate": 21.5, "label": 18.2, "train": 96.4, "total": 136.1},
             "prompt_tokens_saved": 503.0,
-            "ms_saved": 421.6,
+            "ms_saved": {"mean": 421.6, "low": 390.0, "high": 450.0, "n": 24},
             "break_even_requests": 323,
             "break_even_money": None,
             "training_tokens": 161_000,
@@ -669,15 +669,49 @@ def test_the_bare_minimum_renders(run: Path) -> None:
 def test_a_run_that_saves_nothing_never_pays_off(tmp_path: Path) -> None:
     cost = {
         **make_evaluation()["cost"],
-        "ms_saved": -3.0,
+        "ms_saved": {"mean": -3.0, "low": -5.0, "high": -1.0, "n": 24},
         "prompt_tokens_saved": 0.0,
         "break_even_requests": None,
         "break_even_tokens": None,
     }
     text = squeeze(page_of(build_run(tmp_path / "run", cost=cost)).text)
-    assert "Counted in time, it never pays off" in text
+    assert "Counted in time, it never pays off: -3.0 ms [-5.0, -1.0] saved by a request, 24 rows" in text
     assert "Counted in prompt tokens, it never pays off" in text
-    assert "Each request takes 3.0 ms more" in text
+    assert "Each request takes 3 ms more" in text
+
+
+def test_the_verdict_says_what_a_reader_may_not_expect() -> None:
+    evaluation = {**make_evaluation(), "rows": 104}
+    plain = " ".join(report.verdict(evaluation)["remarks"])
+    assert not any(words in plain for words in ("label words", "unrelated prompts", "few"))
+    share = {"mean": 0.32, "low": 0.17, "high": 0.52, "n": 25}
+    table = {arm: {**part, "free_label": {**share, "mean": 0.8}} for arm, part in evaluation["table"].items()}
+    table["distilled"]["free_label"] = share
+    kl = {"mean": 0.602, "low": 0.5, "high": 0.7, "n": 16}  # a small part of what was taught
+    table["zero_shot"]["kl"] = {"mean": 9.7, "low": 9.0, "high": 10.0, "n": 25}
+    unrelated = {"unrelated": {"kl": kl, "rows": 16, "same": {"mean": 0.0}}}
+    remarks = " ".join(report.verdict({**evaluation, "table": table, "rows": 4, "behaviour": unrelated})["remarks"])
+    assert "one of them on 32.0 % [17.0, 52.0] (in-context: 80.0 % [17.0, 52.0])" in remarks
+    assert "KL to the base model 0.602 [0.500, 0.700] nats per token, 6 % of the taught KL" in remarks
+    assert "measured on 4 held-out rows, which are few" in remarks
+
+
+def test_time_that_is_not_shown_to_be_saved_does_not_pay_off(tmp_path: Path) -> None:
+    saved = {"mean": 400.0, "low": -100.0, "high": 900.0, "n": 4}
+    cost = {**make_evaluation()["cost"], "ms_saved": saved, "break_even_requests": None}
+    run = build_run(tmp_path / "run", cost=cost)
+    text = squeeze(page_of(run).text)
+    assert "Counted in time, it is not shown to pay off: +400 ms [-100, +900] saved by a request, 4 rows" in text
+    assert "321 requests" in text and "counted in prompt tokens; in time it is not shown to pay off" in text
+
+
+def test_a_context_that_the_template_outweighs_is_not_called_shorter(tmp_path: Path) -> None:
+    evaluation = make_evaluation()
+    cost = {**evaluation["cost"], "prompt_tokens_saved": -10.0, "break_even_tokens": None}
+    run = build_run(tmp_path / "run", cost=cost, gate={**evaluation["gate"], "context_tokens": -10})
+    text = squeeze(page_of(run).text)
+    assert "Each request is 10 prompt tokens longer: the chat template puts a system text of its own" in text
+    assert "context tokensnone more than the chat template's own system text" in text
 
 
 def test_examples_mark_what_is_partly_right_and_keep_the_order() -> None:

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from ctxdistill import pipeline
+from ctxdistill import display, pipeline
+from ctxdistill.check import check
 from ctxdistill.errors import CtxDistillError, FitError, RecipeError, RunError
 from ctxdistill.evaluate import ARMS
+from ctxdistill.export import export
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection, Recipe
 from ctxdistill.session import TOP, Answer, Piece, Session
@@ -82,7 +84,9 @@ def test_pieces_add_up_and_each_arm_says_what_it_took(session: Session) -> None:
     assert found["in_context"].flops > 2 * found["distilled"].flops
 
 
-def test_with_label_words_every_arm_chooses_one_as_in_the_evaluation(job: Path) -> None:
+def test_with_label_words_every_arm_chooses_one_as_in_the_evaluation(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["why", "yes", "how"]
     raw = tiny.recipe_dict(
         job, prompt={"label_words": words}, completions={"source": "data"},
@@ -109,6 +113,19 @@ def test_with_label_words_every_arm_chooses_one_as_in_the_evaluation(job: Path) 
             assert answer.seconds > 0 and answer.flops > 0
     typed = answers(session, "say hamster", strength=0.0)
     assert typed["distilled"].text == typed["zero_shot"].text and {a.text for a in typed.values()} <= {*words}
+    # whoever is handed the adapter is told that a server may write what it likes
+    made = export(job / "run", "peft", job / "out")
+    assert made["label_words"] == words
+    capsys.readouterr()
+    display.exported(display.console(), made)
+    assert (
+        "hold the server to the label words, among which the results were chosen: why, yes, how"
+        in capsys.readouterr().out
+    )
+    found = check(job / "out", job / "run", rows=4)
+    assert found["labels"] == sum(row["export"].strip() in words for row in found["answers"])
+    display.checked(display.console(), found)
+    assert f"; {found['labels']} are label words" in capsys.readouterr().out
 
 
 def test_what_was_asked_is_remembered_and_only_the_student_is_asked_again(

@@ -86,13 +86,12 @@ def spent(
     return seconds, round(teacher + 3 * lengths * result["training"]["epochs"] + own)
 
 
-def cost(recipe: Recipe, table: dict[str, Any], seconds: dict[str, float], tokens: int) -> dict[str, Any]:
-    """What a request saves, and after how many requests the `seconds` and `tokens` spent are earned back."""
-    teacher, student = table["in_context"], table["distilled"]
+def cost(recipe: Recipe, result: Mapping[str, Any], seconds: dict[str, float], tokens: int) -> dict[str, Any]:
+    """What a request saves, by the tables of `evaluation.json`, and after how many requests the `seconds` and `tokens` spent are
+    earned back: in time only where the timed rows show that one is quicker."""
+    teacher, student, timed = result["table"]["in_context"], result["table"]["distilled"], result["ms_saved"]
     saved = teacher["prompt_tokens"]["mean"] - student["prompt_tokens"]["mean"]
-    ms_saved = None
-    if "latency_ms" in teacher and "latency_ms" in student:
-        ms_saved = teacher["latency_ms"]["mean"] - student["latency_ms"]["mean"]
+    quicker = timed is not None and timed["low"] > 0
     money = None
     c = recipe.cost
     if c.per_million_tokens and c.machine_hour and saved > 0:
@@ -101,8 +100,8 @@ def cost(recipe: Recipe, table: dict[str, Any], seconds: dict[str, float], token
     return {
         "seconds": seconds,
         "prompt_tokens_saved": saved,
-        "ms_saved": ms_saved,
-        "break_even_requests": round(1000 * seconds["total"] / ms_saved) if ms_saved and ms_saved > 0 else None,
+        "ms_saved": timed,
+        "break_even_requests": round(1000 * seconds["total"] / timed["mean"]) if quicker else None,
         "break_even_money": money,
         "training_tokens": tokens,
         "break_even_tokens": round(tokens / saved) if saved > 0 else None,

@@ -25,6 +25,7 @@ from ctxdistill import files
 from ctxdistill.adapters import scale
 from ctxdistill.dataset import stored_recipe
 from ctxdistill.errors import RunError
+from ctxdistill.evaluate import freely
 from ctxdistill.export import FORMATS, MANIFEST, held_out
 from ctxdistill.gguf_export import write_model
 from ctxdistill.lm import LM
@@ -75,7 +76,8 @@ def check(
     rows: int = ROWS,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Compare an export with its run's student; `passed` is the verdict, `checks` say why, `model` is what a server was asked for.
+    """Compare an export with its run's student; `passed` is the verdict, `checks` say why, `model` is what a server was asked for,
+    `labels` how many of the export's answers are label words, where the recipe has some.
 
     Args:
         export: a folder that `export` wrote.
@@ -109,13 +111,14 @@ def check(
             _compare(tally, stack, request, lm, prompter, pair.student, pair.query, recipe.eval.max_new_tokens)
             progress("check", number, len(chosen))
         name, asked = stack.name, stack.model if endpoint and isinstance(stack, Endpoint) else None
-    checks = judge(tally)
+    checks, words = judge(tally), recipe.prompt.label_words
     return {
         "export": str(folder), "format": manifest["format"], "strength": manifest["strength"], "runtime": name, "model": asked,
         "passed": all(c["passed"] for c in checks), "checks": checks,
         "rows": len(chosen), "tokens": len(tally.kl),
         "kl": tally.mean("kl"), "kl_base": tally.mean("moved"), "kl_floor": tally.mean("floor"), "top1": tally.mean("agree"),
         "same_text": sum(r["student"] == r["export"] for r in tally.rows), "answers": tally.rows,
+        "labels": sum(bool(freely(r["export"], None, words)["free_label"]) for r in tally.rows) if words else None,
     }  # fmt: skip
 
 

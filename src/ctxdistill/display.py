@@ -42,7 +42,9 @@ from ctxdistill.results import (
     crosstalk_table,
     examples,
     finite,
+    in_time,
     result_table,
+    shorter,
     verdict,
 )
 
@@ -204,7 +206,10 @@ def gate(out: Console, found: Mapping[str, Any]) -> None:
     if query:
         longest = f"a query {query['mean']:.0f} (longest {query['max']:,})"
         window = f"{found['window']:,} tokens" if found.get("window") else "not known"
-        _item(out, f"the context takes {found['context_tokens']:,} tokens, {longest}; the model's window: {window}")
+        context = f"the context takes {found['context_tokens']:,} tokens"
+        if found["context_tokens"] <= 0:
+            context = f"with the context in it the prompt is {shorter(-found['context_tokens'])}"
+        _item(out, f"{context}, {longest}; the model's window: {window}")
     if expected:
         _item(out, _expected(expected))
 
@@ -403,15 +408,17 @@ def pays_off(cost: Mapping[str, Any]) -> list[str]:
     if finite(saved := cost.get("prompt_tokens_saved")):
         total = (cost.get("seconds") or {}).get("total")
         spent = f"; distilling took {duration(total)}" if finite(total) else ""
-        lines.append(f"every request is {saved:,.0f} prompt tokens shorter{spent}")
+        lines.append(f"every request is {shorter(saved)}{spent}")
     money = cost.get("break_even_money") or {}
     ways = [("time on this machine", cost.get("break_even_requests")), ("prompt tokens", cost.get("break_even_tokens"))]
     for way, requests in ways + ([("money", money.get("requests"))] if money else []):
         if finite(requests):
             days = f" ({money['days']:,.1f} days)" if way == "money" and finite(money.get("days")) else ""
             lines.append(f"pays off after {math.ceil(requests):,} requests, counted in {way}{days}")
-        elif way == "time on this machine" and not finite(cost.get("ms_saved")):
-            continue  # not measured
+        elif way == "time on this machine":
+            lines += (
+                [f"counted in {way} it {said}"] if (said := in_time(cost.get("ms_saved"))) else []
+            )  # else not measured
         elif cost:
             lines.append(f"never pays off counted in {way}: a request saves none")
     return lines
@@ -440,6 +447,9 @@ def exported(out: Console, found: Mapping[str, Any]) -> None:
     (way, asked), *_ = found["request"].items()
     path = "chat/completions" if way == "messages" else "completions"
     lines.append(f"ask it at /v1/{path}, with such {way}: {json.dumps(asked, ensure_ascii=False)}")
+    if words := found.get("label_words"):
+        lines.append(f"hold the server to the label words, among which the results were chosen: {', '.join(words)}")
+        lines.append("  (vLLM: structured_outputs.choice; llama.cpp: a grammar)")
     if push := found.get("push"):
         would = f"nothing is uploaded; --push-for-real would put into {push['repo']}, as private:"
         lines += [f"uploaded to {push['uploaded']}:" if push["uploaded"] else would, *_files(push["files"])]
@@ -462,7 +472,8 @@ def checked(out: Console, found: Mapping[str, Any]) -> None:
         mark, style = ("✓", "green") if item["passed"] else ("✗", "red")
         say(out, f"{mark} {item['check']}: {item['found']}", style)
         say(out, f"    allowed: {item['allowed']}")
-    out.print(plain(f"  answers: {found['same_text']} of {found['rows']} are the same, letter by letter"))
+    labels = "" if found["labels"] is None else f"; {found['labels']} are label words"
+    out.print(plain(f"  answers: {found['same_text']} of {found['rows']} are the same, letter by letter{labels}"))
     for row in [r for r in found["answers"] if r["student"] != r["export"]][:3]:
         for line in (row["query"], f"  student: {_clip(row['student'])}", f"  export:  {_clip(row['export'])}"):
             say(out, f"    {_clip(line) if line == row['query'] else line}")

@@ -48,6 +48,14 @@ def same(prediction: str, answer: str) -> bool:
     return " ".join(prediction.split()).casefold() == " ".join(answer.split()).casefold()
 
 
+def freely(text: str, answer: str | None, words: Sequence[str]) -> dict[str, float | None]:
+    """What an answer is worth that was written, and not chosen among the label words: whether it is one of them, and the right one."""
+    return {
+        "free_label": float(any(same(text, word) for word in words)),
+        "free_accuracy": None if answer is None else float(same(text, answer)),
+    }
+
+
 def field_accuracy(pattern: re.Pattern[str], prediction: str, answer: str) -> float:
     """Share of the named groups of `pattern` that prediction and answer have in common; 0 for another format."""
     right, found = pattern.fullmatch(answer), pattern.fullmatch(prediction)
@@ -227,8 +235,9 @@ def score_arm(
                     "prompt_tokens": len(pair.teacher if arm == "in_context" else pair.student),
                     **fidelity(lm, prompter, target, hidden),
                 }  # fmt: skip
-                if recipe.prompt.label_words:
+                if words := recipe.prompt.label_words:
                     score["greedy"] = text
+                    score["metrics"] |= freely(text, answer, words)
                 scores.append(score)
             progress(f"evaluate {arm.replace('_', '-')}", len(scores), len(pairs))
     return [scores[place] for place in np.argsort(order)]
@@ -331,9 +340,13 @@ def tables(
         "table": table,
         "kl_closed": None,
         "gap_closed": None,
+        "ms_saved": None,
         "comparisons": comparisons(scores, arms, main, options) if main else [],
         "constant": constant(first),
     }
+    if latencies.get("in_context") and latencies.get("distilled"):
+        saved = stats.paired_difference(latencies["in_context"], latencies["distilled"], **options)
+        result["ms_saved"] = saved.to_dict()
     if "distilled" in scores:
         tokens = [s["tokens"] for s in first]
         sums = {arm: [s["kl"] * s["tokens"] for s in scores[arm]] for arm in ("distilled", "zero_shot")}

@@ -275,6 +275,7 @@ def describe(job: Job, format: str) -> dict[str, Any]:
         "weights_sha256": job.made["model"]["weights_sha256"],
         "student_prompt": job.made["student_prompt"],
         "stop": stops(job),
+        "label_words": job.recipe.prompt.label_words,
         "request": {"messages" if chat else "prompt": job.prompter.request(row, section)},
         "merged": job.drift,
         **job.kept,

@@ -218,7 +218,7 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
         ask = engines.labeller(recipe, lm, prompter, folder)
         made = make_examples(recipe, lm, prompter, rows.pairs["train"], store, no_progress, ask=ask)  # from the store
         result["parts"] = groups.tables(prompter, rows, scores_of(folder), made)
-        result["cost"] = cost(recipe, result["table"], *spent_before)
+        result["cost"] = cost(recipe, result, *spent_before)
         folder.write_json("evaluation.json", result)
         reports.write_card(folder.path)
         reports.write_report(folder.path)
@@ -369,7 +369,7 @@ def conclude(
     result |= {"gate": taught.verdict, "training": summary(recipe, lm, prompter, run, state, examples)}
     seconds, tokens = spent(recipe, lm, run, examples, result)
     result |= {
-        "cost": cost(recipe, result["table"], seconds, tokens),
+        "cost": cost(recipe, result, seconds, tokens),
         "notes": [
             *notes(recipe, lm, prompter, rows, result["training"]),
             *acceptance(taught.judged),

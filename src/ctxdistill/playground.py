@@ -82,7 +82,7 @@ class Runs:
         about = {
             "name": session.recipe.name or "unnamed",
             "model": Path(session.recipe.model.name).name,
-            "context_tokens": (evaluation.get("gate") or {}).get("context_tokens", "?"),
+            "context_tokens": max(0, (evaluation.get("gate") or {}).get("context_tokens", 0)),
             "verdict": verdict(evaluation)["sentence"],
         }
         return _html("head", about)

@@ -30,11 +30,13 @@ from ctxdistill.results import (
     crosstalk_table,
     examples,
     finite,
+    in_time,
     mean_of,
     metric_label,
     result_table,
     round_table,
     scored,
+    shorter,
     verdict,
 )
 from ctxdistill.rundir import RunDir, reading, write_atomic
@@ -248,7 +250,9 @@ def _tiles(evaluation: Data) -> list[Data]:
         ways = {"time": cost.get("break_even_requests"), "prompt tokens": cost.get("break_even_tokens")}
         way = next((way for way, requests in ways.items() if finite(requests)), None)
         value = f"{math.ceil(ways[way]):,} requests" if way else "never"
-        tiles.append(("pays off after", value, f"counted in {way}" if way else "nothing is saved per request"))
+        note = f"counted in {way}" if way else "nothing is saved per request"
+        said = in_time(cost.get("ms_saved")) if way else None
+        tiles.append(("pays off after", value, f"{note}; in time it {said.partition(':')[0]}" if said else note))
     return [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in tiles]
 
 
@@ -260,10 +264,13 @@ def _break_even(cost: Data) -> list[str]:
         remark = f" ({', '.join(parts)})" if parts else ""
         lines.append(f"Distilling took {seconds['total']:,.0f} s{remark}.")
     if finite(cost.get("prompt_tokens_saved")):
-        lines.append(f"Each request is {cost['prompt_tokens_saved']:,.1f} prompt tokens shorter.")
-    if finite(saved := cost.get("ms_saved")):
-        more = "less" if saved >= 0 else "more"
-        lines.append(f"Each request takes {abs(saved):,.1f} ms {more}, on the machine that measured it.")
+        lines.append(f"Each request is {shorter(cost['prompt_tokens_saved'])}.")
+    if saved := cost.get("ms_saved"):
+        more = "less" if saved["mean"] >= 0 else "more"
+        interval = f"[{saved['low']:,.0f}, {saved['high']:,.0f}] saved, {saved['n']} rows"
+        lines.append(
+            f"Each request takes {abs(saved['mean']):,.0f} ms {more} ({interval}), on the machine that measured it."
+        )
     processed = f" (distilling processed {cost.get('training_tokens') or 0:,} tokens)"
     ways = [("time", cost.get("break_even_requests"), ""), ("prompt tokens", cost.get("break_even_tokens"), processed)]
     if money := cost.get("break_even_money"):
@@ -272,8 +279,10 @@ def _break_even(cost: Data) -> list[str]:
     for way, requests, remark in ways if cost else []:
         if finite(requests):
             lines.append(f"Counted in {way}, it pays off after {math.ceil(requests):,} requests{remark}.")
-        elif way == "time" and not finite(saved):
+        elif way == "time" and not saved:
             lines.append("Counted in time: not known, because the time of a request was not measured.")
+        elif way == "time":
+            lines.append(f"Counted in time, it {in_time(saved)}.")
         else:
             lines.append(f"Counted in {way}, it never pays off: nothing is saved per request.")
     return lines
@@ -286,7 +295,9 @@ def _gate_facts(gate: Data) -> list[tuple[str, str]]:
     if gate.get("kl"):
         facts.append(("KL between teacher and base per token", cells("kl", gate["kl"])))
     if gate:
-        facts.append(("context tokens", _text(gate.get("context_tokens"))))
+        more = gate.get("context_tokens")
+        none = "none more than the chat template's own system text" if finite(more) and more <= 0 else ""
+        facts.append(("context tokens", none or _text(more)))
         facts.append(("query tokens, mean and longest", f"{_text(query.get('mean'))} and {_text(query.get('max'))}"))
         facts.append(("the model's window", f"{_text(gate.get('window'))}; everything fits: {_text(gate.get('fits'))}"))
     return facts

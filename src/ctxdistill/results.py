@@ -25,6 +25,8 @@ METRICS: dict[str, tuple[str, float, int]] = {
     "field_accuracy": ("field accuracy %", 100, 1),
     "label_accuracy": ("label accuracy %", 100, 1),
     "macro_f1": ("macro-F1", 1, 3),
+    "free_label": ("written freely, a label %", 100, 1),
+    "free_accuracy": ("written freely, right %", 100, 1),
     "kl": ("KL per token", 1, 3),
     "kl_closed": ("KL closed %", 100, 1),
     "top1": ("top-1 agreement %", 100, 1),
@@ -131,7 +133,11 @@ def crosstalk_table(found: Mapping[str, Any] | None) -> Data | None:
 
 
 UNRELATED = 0.1
-"""Share of the taught KL above which a change on unrelated prompts is remarked upon."""
+"""Share of the taught KL, or nats per token, above which a change on unrelated prompts is remarked upon."""
+FREELY = 0.95
+"""Share of answers that are label words below which it is remarked that they were chosen among these."""
+FEW = 20
+"""Held-out rows below which it is remarked that there are few."""
 
 
 def unrelated_share(evaluation: Mapping[str, Any]) -> float | None:
@@ -254,12 +260,22 @@ def _remarks(evaluation: Mapping[str, Any], level: str, metric: str | None) -> l
         remarks.append(
             f"The contexts are not all learnt and kept apart: {'; '.join(evaluation['crosstalk']['reasons'])}."
         )
-    if (share := unrelated_share(evaluation)) is not None and share > UNRELATED:
-        kl = cells("kl", evaluation["behaviour"]["unrelated"]["kl"])
+    free = {arm: part.get("free_label") for arm, part in evaluation["table"].items()}
+    if free.get("distilled") and free["distilled"]["mean"] < FREELY:
+        own, teacher = (cells("free_label", free.get(arm), unit="%") for arm in ("distilled", "in_context"))
         remarks.append(
-            f"It changes unrelated prompts, too: KL to the base model {kl} nats per token, {100 * share:.0f} % of the taught KL; "
-            "train.retain_weight lowers that."
+            "Its answer was chosen among the label words. Written freely, as by a server that is not held to them, it is one of "
+            f"them on {own} (in-context: {teacher})."
         )
+    if (share := unrelated_share(evaluation)) is not None:
+        kl = evaluation["behaviour"]["unrelated"]["kl"]
+        if max(share, kl["mean"]) > UNRELATED:
+            remarks.append(
+                f"It changes unrelated prompts, too: KL to the base model {cells('kl', kl)} nats per token, {100 * share:.0f} % of "
+                "the taught KL; train.retain_weight lowers that."
+            )
+    if (rows := evaluation.get("rows")) and rows < FEW:
+        remarks.append(f"All this is measured on {rows} held-out rows, which are few: others may say something else.")
     if gate.get("verdict", "teach") != "teach":
         reasons = "; ".join(gate.get("reasons") or ["no reason recorded"])
         remarks.append(f"The gate had found nothing to teach: {reasons}.")
@@ -344,6 +360,23 @@ def scored(metric: str, value: float) -> str:
     """`81.7 % exact match`."""
     text, label = cells(metric, {"mean": value}), metric_label(metric)
     return f"{text} % {label.removesuffix(' %')}" if label.endswith("%") else f"{text} {label}"
+
+
+def shorter(saved: float) -> str:
+    """How much shorter a request's prompt is: `447 prompt tokens shorter`."""
+    if saved > 0:
+        return f"{saved:,.0f} prompt tokens shorter"
+    why = "the chat template puts a system text of its own in the context's place (context.student_system)"
+    return f"{-saved:,.0f} prompt tokens longer: {why}" if saved < 0 else f"as long: {why}"
+
+
+def in_time(saved: Mapping[str, Any] | None) -> str | None:
+    """What the timed requests say where they do not show that one is quicker, `never pays off: ...` or `is not shown to pay off: ...`;
+    None where they do, or none was timed."""
+    if not saved or saved["low"] > 0:
+        return None
+    found = "never pays off" if saved["high"] < 0 else "is not shown to pay off"
+    return f"{found}: {cells('latency_ms', saved, unit='ms', sign=True)} saved by a request, {saved['n']} rows"
 
 
 def finite(value: Any) -> TypeGuard[float]:
