@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ctxdistill.pipeline import make_examples
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import LoraSection, ModelSection, Recipe, TrainSection
 from ctxdistill.rundir import RunDir, no_progress
-from ctxdistill.store import TargetStore
+from ctxdistill.store import Target, TargetStore
 from ctxdistill.targets import captured_mass, label
 from ctxdistill.train import State, learning_rate, mean_kl, order, train
 
@@ -61,6 +62,16 @@ def reference(
         }[kind]
         total = total + temperature**2 * value
     return total
+
+
+def uneven(examples: Sequence[Example]) -> list[Example]:
+    """With completions of different length, so that a mean of means would differ."""
+    return [
+        dataclasses.replace(
+            e, target=Target(e.target.key, e.target.ids[:n], {"hidden": e.target.tensors["hidden"][:n]})
+        )
+        for e, n in zip(examples, itertools.cycle((1, 6, 2, 5, 3, 4)), strict=False)
+    ]
 
 
 def gradient(lm: LM, loss: torch.Tensor) -> torch.Tensor:
@@ -128,17 +139,7 @@ def test_with_an_empty_context_the_loss_at_step_0_is_0(ready: Ready, tmp_path: P
 def test_prompt_tokens_do_not_change_the_denominator_nor_does_the_split(ready: Ready, tmp_path: Path) -> None:
     """Invariant 6: one step of 8 rows is the same update at any micro-batch."""
     _, lm, _, _ = ready
-    examples = examples_of(ready, tmp_path / "t")[:8]
-    # completions of different length, so that a mean of means would differ
-    examples = [
-        dataclasses.replace(
-            e,
-            target=dataclasses.replace(
-                e.target, ids=e.target.ids[:n], tensors={"hidden": e.target.tensors["hidden"][:n]}
-            ),
-        )
-        for e, n in zip(examples, (1, 6, 2, 5, 3, 4, 6, 1), strict=True)
-    ]
+    examples = uneven(examples_of(ready, tmp_path / "t")[:8])
     gradients = []
     for micro in (0, 1, 3):
         lm.add_adapter(LoraSection(rank=4), 0)
@@ -152,6 +153,80 @@ def test_prompt_tokens_do_not_change_the_denominator_nor_does_the_split(ready: R
     for other in gradients[1:]:
         for name, value in gradients[0].items():
             torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_training_is_that_of_a_loop_written_out(ready: Ready, tmp_path: Path) -> None:
+    """The model's own forward of one row at a time, torch's AdamW: the adapter that is left, and what the log says."""
+    _, lm, _, _ = ready
+    held_out, rows = (made := uneven(examples_of(ready, tmp_path / "t")))[:3], made[3:]
+    section = TrainSection(
+        epochs=2, batch_size=4, lr=0.01, weight_decay=2.0, clip=0.2, warmup=0.3, ce_weight=0.3, seed=5
+    )
+    lm.add_adapter(LoraSection(rank=4), 0)
+    tiny.disturb(lm)
+    trained = list(lm.trainable().values())
+    before = [p.detach().clone() for p in trained]
+
+    def per_token(rows: Sequence[Example]) -> dict[str, Any]:
+        kl, ce, tokens = torch.zeros(()), torch.zeros(()), 0
+        for e in rows:
+            ids, n = join(e.prompt, e.target.ids)
+            q = lm.model(input_ids=torch.tensor([ids])).logits[0, -n - 1 : -1].log_softmax(-1)
+            p = lm.head(e.target.tensors["hidden"]).log_softmax(-1).detach()
+            kl, ce, tokens = kl + (p.exp() * (p - q)).sum(), ce - q[range(n), list(e.target.ids)].sum(), tokens + n
+        return {"loss": (0.7 * kl + 0.3 * ce) / tokens, "kl": kl / tokens, "ce": ce / tokens, "tokens": tokens}
+
+    optimizer = torch.optim.AdamW(trained, weight_decay=2.0)
+    wanted, best = list[dict[str, Any]](), (float("inf"), before)
+    for step in range(7):
+        if step % 3 == 0:  # ten rows are three steps
+            found = per_token(held_out)
+            if found["loss"].item() < best[0]:
+                best = found["loss"].item(), [p.detach().clone() for p in trained]
+            wanted.append({"loss": found["loss"], "kl": found["kl"]})
+        if step < 6:
+            first = 4 * (step % 3)
+            found = per_token([rows[i] for i in order(10, step // 3, 5)[first : first + 4]])
+            optimizer.zero_grad()
+            found["loss"].backward()
+            found["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, 0.2)
+            found["lr"] = optimizer.param_groups[0]["lr"] = learning_rate(step, 6, section)
+            optimizer.step()
+            wanted.append(found)
+    last = [p.grad for p in trained]
+
+    with torch.no_grad():
+        for parameter, value in zip(trained, before, strict=True):
+            parameter.copy_(value)
+    state = train(lm, rows, held_out, section, RunDir(tmp_path / "run"))
+    for line, found in zip(RunDir(tmp_path / "run").read_jsonl("metrics.jsonl"), wanted, strict=True):
+        assert {k: line[k] for k in found} == pytest.approx(
+            {k: torch.as_tensor(v).item() for k, v in found.items()}, rel=1e-3
+        )
+    assert state.tokens == 2 * sum(len(e.target.ids) for e in rows)
+    assert min(x["grad_norm"] for x in wanted if "lr" in x) > 0.2  # all steps are clipped
+    for parameter, value, old, slope in zip(trained, best[1], before, last, strict=True):
+        assert (parameter - value).norm() < 0.02 * (value - old).norm()
+        torch.testing.assert_close(parameter.grad, slope, rtol=1e-2, atol=1e-4)
+
+
+def test_dropout_is_that_of_seed_and_step_and_of_training_alone(ready: Ready, tmp_path: Path) -> None:
+    _, lm, _, _ = ready
+    examples = examples_of(ready, tmp_path / "t")
+    lm.add_adapter(LoraSection(rank=4, dropout=0.5), 0)
+    tiny.disturb(lm)
+    lm.training(False)
+    sure = mean_kl(lm, examples, 4)
+    seen = list[float]()
+    for seed in (0, 1):
+        section = TrainSection(epochs=3, batch_size=16, lr=1e-12, patience=0, shuffle=False, seed=seed)
+        train(lm, examples, examples, section, RunDir(tmp_path / str(seed)))
+        for line in RunDir(tmp_path / str(seed)).read_jsonl("metrics.jsonl"):
+            if line["event"] == "validation":
+                assert line["kl"] == pytest.approx(sure, rel=1e-4)
+            else:
+                seen.append(line["loss"])
+    assert len(set(seen)) == 6 and all(abs(loss / sure - 1) > 1e-3 for loss in seen)
 
 
 def test_gradient_checkpointing_changes_nothing(ready: Ready, tmp_path: Path) -> None:
@@ -301,6 +376,7 @@ def test_early_stop_keeps_the_best(ready: Ready, tmp_path: Path) -> None:
     log = [line for line in RunDir(tmp_path / "run").read_jsonl("metrics.jsonl") if line["event"] == "validation"]
     assert min(line["kl"] for line in log) == state.best_loss
     assert mean_kl(lm, examples[:3], 4) == pytest.approx(state.best_loss, rel=1e-5)
+    assert [line["best"] for line in log[-3:]] == [True, False, False]  # at once after two epochs without a better one
 
 
 def test_numbers_that_are_not_finite_stop_the_step(ready: Ready, tmp_path: Path) -> None:
@@ -458,10 +534,11 @@ def test_completions_given_sampled_and_labels(job: Path) -> None:
 def test_learning_rate_and_order() -> None:
     section = TrainSection(lr=1.0, warmup=0.2, min_lr=0.1)
     rates = [learning_rate(step, 10, section) for step in range(10)]
-    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
-    assert all(a > b for a, b in itertools.pairwise(rates[2:])) and rates[-1] > 0.1
+    half = [0.55 + 0.45 * math.cos(math.pi * step / 8) for step in range(8)]  # a half wave from 1 to 0.1
+    assert rates == pytest.approx([0.5, 1.0, *half])
     assert sorted(order(7, 0, 1)) == list(range(7))
     assert order(50, 0, 1) == order(50, 0, 1) != order(50, 1, 1)
+    assert order(50, 0, 1) != order(50, 0, 2)
 
 
 def test_seed_decides_the_adapter(llama: Path) -> None:
