@@ -23,7 +23,7 @@ from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import LoraSection, ModelSection, Recipe, TrainSection
 from ctxdistill.rundir import RunDir, no_progress
 from ctxdistill.store import Target, TargetStore
-from ctxdistill.targets import captured_mass, label
+from ctxdistill.targets import Labelling, captured_mass, label
 from ctxdistill.train import State, learning_rate, mean_kl, order, train
 
 Ready = tuple[Recipe, LM, Prompter, Data]
@@ -106,7 +106,8 @@ def test_every_kind_of_target_gives_the_same_loss(ready: Ready, tmp_path: Path) 
     torch.testing.assert_close(gradient(lm, loss["topk"]), gradient(lm, loss["hidden"]), rtol=1e-3, atol=1e-5)
     assert batch_loss(lm, small, TrainSection()).item() < loss["hidden"].item()  # a coarser partition has a smaller KL
     mass = captured_mass([e.target for e in small])
-    assert mass is not None and 0.03 < mass < 1.0
+    held = torch.cat([e.target.tensors["topk_logprobs"].exp().sum(-1) for e in small])  # [T]
+    assert mass == pytest.approx(held.mean().item()) and 0.03 < mass < 1.0
     assert captured_mass([e.target for e in made["hidden"]]) is None
 
 
@@ -487,6 +488,41 @@ def test_the_teacher_is_asked_once(ready: Ready, tmp_path: Path, monkeypatch: py
     other = recipe.model_copy(update={"completions": recipe.completions.model_copy(update={"max_new_tokens": 5})})
     with pytest.raises(TypeError):  # other completions are other targets
         label(lm, prompter, data.pairs["train"], other, TargetStore(tmp_path / "a"))
+
+
+def test_a_key_covers_what_its_target_depends_on(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, lm, prompter, data = ready
+
+    def key(number: int = 0, pair: Any = None, how: Any = None, **changes: Any) -> str:
+        raw = recipe.model_dump(exclude_defaults=True)
+        for section, values in changes.items():
+            raw[section] = raw.get(section, {}) | values
+        other = Recipe.from_dict(raw, base_dir=recipe.base_dir)
+        pairs = [dataclasses.replace(data.pairs["train"][0], **(pair or {}))]
+        asking = Prompter(other, lm.tokenizer, prompter.context)
+        return Labelling(lm, asking, pairs, other, **(how or {})).key(number)
+
+    sampled, data_rows, found = {"temperature": 0.7, "samples": 2}, {"source": "data"}, {"extract": "(.+)"}
+    same = [
+        key(), key(pair={"student": (5, 6)}), key(pair={"answer": "other"}), key(train={"seed": 1, "lr": 0.1}),
+        key(targets={"batch_size": 2, "k": 3}),
+    ]  # fmt: skip
+    others = [
+        key(pair={"teacher": (5, 6)}), key(completions={"max_new_tokens": 5}), key(completions=sampled),
+        key(1, completions=sampled), key(completions=sampled, train={"seed": 1}),
+        key(completions={"temperature": 0.8, "samples": 2}), key(targets={"kind": "full"}),
+        key(targets={"kind": "topk", "k": 3}), key(targets={"kind": "topk", "k": 4}), key(completions=data_rows),
+        key(completions=data_rows, pair={"answer": "other"}), key(completions=data_rows, how={"written": [(7, 8)]}),
+        key(completions=found), key(completions=found, how={"whole": True}),
+    ]  # fmt: skip
+    words = ["A", "B"], ["A", "C"]
+    others += [key(completions={"source": "label"}, prompt={"label_words": some}) for some in words]
+    with monkeypatch.context() as patch:
+        patch.setattr(Prompter, "_end", lambda self: (9,))
+        others.append(key())
+    monkeypatch.setitem(lm.info, "weights_sha256", "other")
+    others.append(key())
+    assert len({*same}) == 1 and len({same[0], *others}) == 1 + len(others)
 
 
 def test_a_damaged_shard_is_never_trained_on(ready: Ready, tmp_path: Path) -> None:
