@@ -46,11 +46,12 @@ def examples_of(ready: Ready, folder: Path) -> list[Example]:
 
 @pytest.fixture
 def student(job: Path) -> tuple[Ready, list[Example]]:
-    """A student that is not the base model, with a run's worth of examples."""
-    ready = ready_for(job, on_policy=1.0)
+    """A student that is not the base model and is being trained, with a run's worth of examples."""
+    ready = ready_for(job, on_policy=1.0, on_policy_temperature=2.0)
     examples = examples_of(ready, job / "t")
-    ready[1].add_adapter(LoraSection(rank=4), 0)
+    ready[1].add_adapter(LoraSection(rank=4, dropout=0.3), 0)
     tiny.disturb(ready[1])
+    ready[1].training(True)
     return ready, examples
 
 
@@ -62,13 +63,14 @@ def test_the_student_writes_and_both_sides_see_the_same_ids(student: tuple[Ready
     rows = rows_of(0, len(examples), recipe.train)
     assert [e.id for e in batch] == [examples[i].id for i in rows]
     teachers = {p.id: p.teacher for p in data.pairs["train"]}
+    assert lm.peft.training  # as before
     lm.training(False)
     for place, (example, row) in enumerate(zip(batch, rows, strict=True)):
         seed = source._seed(0, policy.Item(0, row))
         with lm.adapter(True):
-            alone = lm.generate([example.prompt], max_new_tokens=6, ends=prompter.ends, temperature=1.0, seeds=[seed])[
-                0
-            ]
+            (alone,) = lm.generate(
+                [example.prompt], max_new_tokens=6, ends=prompter.ends, temperature=2.0, seeds=[seed]
+            )
         assert tuple(alone) == example.target.ids, place
         with torch.no_grad(), lm.adapter(False):
             whole, n = join(teachers[example.id], example.target.ids)
@@ -76,6 +78,17 @@ def test_the_student_writes_and_both_sides_see_the_same_ids(student: tuple[Ready
         fast = lm.head(example.target.tensors["hidden"]).log_softmax(-1)
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
     assert {e.target.ids for e in batch} != {examples[i].target.ids for i in rows}
+
+
+def test_every_row_of_every_round_is_drawn_anew(student: tuple[Ready, list[Example]], job: Path) -> None:
+    (recipe, lm, prompter, data), examples = student
+    seeds = []
+    for seed in (0, 1):
+        other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
+        source = Rounds(lm, prompter, data.pairs["train"], examples, other, RunDir(job / "run"))
+        places = [policy.Item(step, row) for step in (0, source.per_epoch) for row in (0, 1)]  # in two epochs
+        seeds += [source._seed(number, place) for number in (0, 1) for place in places]
+    assert len(set(seeds)) == 16
 
 
 def test_the_line_of_a_round_says_how_the_student_is(student: tuple[Ready, list[Example]], job: Path) -> None:
