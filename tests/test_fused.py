@@ -25,10 +25,15 @@ class Net(torch.nn.Module):
         return torch.as_tensor(self.second(torch.tanh(self.first(x))))
 
 
-def adapted(bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def adapted(
+    bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float32, two: bool = False, **more: Any
+) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = LoraConfig(r=3, lora_alpha=5, lora_dropout=dropout, target_modules=["first", "second"])
+    config = LoraConfig(r=3, lora_alpha=5, lora_dropout=dropout, target_modules=["first", "second"], **more)
     net = get_peft_model(Net(bias).to(dtype), config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    if two:
+        net.add_adapter("other", config)
+        net.base_model.set_adapter(["default", "other"])
     for name, parameter in net.named_parameters():
         if "lora_" in name:
             parameter.data.normal_()
@@ -92,9 +97,10 @@ def test_an_adapter_in_32_bits_behind_weights_in_16_is_as_exact_as_with_peft(
         assert 0 < fast_error <= 1.5 * slow_error + rounding * e.square().mean().sqrt(), name
 
 
-@pytest.mark.parametrize("what", ["dropout", "other types", "merged", "trained base"])
+@pytest.mark.parametrize("what", ["dropout", "other types", "merged", "trained base", "two", "lora_bias", "use_dora"])
 def test_what_it_does_not_know_is_left_to_peft(what: str, calls: list[int]) -> None:
-    net = adapted(dropout=0.5 if what == "dropout" else 0.0)
+    more = {what: True} if what in ("two", "lora_bias", "use_dora") else {}
+    net = adapted(dropout=0.5 if what == "dropout" else 0.0, **more)
     x = torch.randn(3, 6)
     if what == "other types":
         for name, parameter in net.named_parameters():
