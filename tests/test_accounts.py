@@ -13,9 +13,9 @@ from transformers import DynamicCache
 
 import tiny
 from ctxdistill import accounts
-from ctxdistill.accounts import Peak, forward_flops, training_flops
+from ctxdistill.accounts import Peak, cost, forward_flops, training_flops
 from ctxdistill.lm import LM
-from ctxdistill.recipe import LoraSection, ModelSection
+from ctxdistill.recipe import LoraSection, ModelSection, Recipe
 
 CONTEXT = list(range(10, 50))
 
@@ -131,6 +131,22 @@ def test_layers_that_share_their_weights_count_each(llama: Path) -> None:
     first, second, _ = lm.model.model.layers
     second.mlp.up_proj.weight = first.mlp.up_proj.weight
     assert forward_flops(lm, 3) == before
+
+
+def test_when_a_run_pays_off_by_hand(job: Path) -> None:
+    """100 s of a machine at 36 an hour are 1; a request saves 500 tokens, which are 0.001, and 50 ms."""
+    prices = {"machine_hour": 36.0, "per_million_tokens": 2.0, "requests_per_day": 100.0}
+    recipe = Recipe.from_dict(tiny.recipe_dict(job, cost=prices), base_dir=job)
+    long, short = (
+        {"prompt_tokens": {"mean": t}, "latency_ms": {"mean": ms}} for t, ms in ((520.0, 90.0), (20.0, 40.0))
+    )
+    found = cost(recipe, {"in_context": long, "distilled": short}, {"total": 100.0}, 40_000)
+    assert found == {
+        "seconds": {"total": 100.0}, "prompt_tokens_saved": 500.0, "ms_saved": 50.0, "break_even_requests": 2000,
+        "break_even_money": {"requests": 1000, "days": pytest.approx(10.0)}, "training_tokens": 40_000, "break_even_tokens": 80,
+    }  # fmt: skip
+    never = cost(recipe, {"in_context": short, "distilled": long}, {"total": 100.0}, 40_000)
+    assert [never[name] for name in ("break_even_requests", "break_even_money", "break_even_tokens")] == [None] * 3
 
 
 CPU = torch.device("cpu")

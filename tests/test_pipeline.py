@@ -24,7 +24,8 @@ from ctxdistill.dataset import explicit, prepare, stored_recipe
 from ctxdistill.errors import DataError, FitError, GateError, ModelError, RunError
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection, Recipe
-from ctxdistill.rundir import RunDir, write_atomic, writing
+from ctxdistill.rundir import RunDir, no_progress, write_atomic, writing
+from ctxdistill.store import TargetStore
 from ctxdistill.weights import loading
 
 
@@ -61,6 +62,29 @@ def test_a_run_leaves_everything_behind(run: pipeline.Run) -> None:
     assert "Shout every word" in card and manifest["context"]["sha256"] in card
     shown = RunDir(run.path).read_jsonl("prompts.jsonl")
     assert len(shown) == 24 and shown[0]["completion"] and shown[-1]["completion"] is None
+
+
+def test_what_a_run_took_is_counted_by_hand(run: pipeline.Run) -> None:
+    made = recipe(run.path.parent)
+    lm, prompter, data = prepare(made)
+    examples = pipeline.make_examples(
+        made, lm, prompter, data.pairs["train"], TargetStore(run.path / "targets"), no_progress
+    )
+    training, folder = run.evaluation["training"], RunDir(run.path)
+    lengths = [len(e.target.ids) for e in examples]
+    assert (training["steps"], training["epochs"], training["train_rows"]) == (8, 2, 13)  # of 4 rows
+    assert training["supervised_tokens"] == 2 * sum(lengths)
+    assert training["truncated_completions"] == sum(e.target.ids[-1] != 1 for e in examples) > 0
+    best = [x for x in folder.read_jsonl("metrics.jsonl") if x["event"] == "validation" and x["best"]][-1]
+    assert (training["best_step"], training["best_validation_kl"]) == (best["step"], best["kl"])
+    # the teacher reads the context once and each row once, a step is three forwards
+    both = [[len(side) for side in (p.teacher, p.student)] for p in data.pairs["eval"]]
+    context = sum(teacher - student for teacher, student in both) / len(both)
+    rows = sum(len(e.prompt) for e in examples) + sum(lengths)
+    assert run.evaluation["cost"]["prompt_tokens_saved"] == pytest.approx(context)
+    assert run.evaluation["cost"]["training_tokens"] == round(context + rows + 3 * 2 * rows)
+    seconds = {x["stage"]: x["seconds"] for x in reversed(folder.read_jsonl("timings.jsonl"))}
+    assert run.evaluation["cost"]["seconds"]["label"] == seconds["label"]
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft's own
