@@ -164,10 +164,12 @@ def test_a_column_counts_training_rows_only_if_they_have_it(job: Path, there: bo
     tiny.write_jsonl(job / "q.jsonl", [row | ({"sort": "b"} if there else {}) for row in rows])
     _, prompter, data = prepare(r)
     part = groups.parts(prompter, data)["sort"]
-    made = [Example(pair.id, pair.student, Target("", (1, 2), {})) for pair in data.pairs["train"]]
+    pairs = data.pairs["train"]
+    made = [Example(pair.id, pair.student, Target("", (1, 2), {})) for pair in pairs for _ in range(3)]  # samples
     table = {row["part"]: row for row in groups.by_part(part, {}, made)}
     assert set(table) == {"a", "b"}
-    assert table["b"]["train_rows"] == (len(made) if there else None)
+    assert table["b"]["train_rows"] == (len(pairs) if there else None)
+    assert table["b"]["train_tokens"] == (6 * len(pairs) if there else None)
     assert table["a"]["train_tokens"] == (0 if there else None)
 
 
