@@ -398,32 +398,38 @@ def test_restart_from_a_checkpoint_gives_the_same_bits(
 ) -> None:
     _, lm, _, _ = ready
     examples = examples_of(ready, tmp_path / "t")
-    section = TrainSection(epochs=3, lr=0.01, batch_size=4, checkpoint_every=2)
+    section = TrainSection(epochs=3, lr=0.04, warmup=1.0, batch_size=4, checkpoint_every=2)  # hotter and hotter
     lora = LoraSection(rank=4, dropout=0.2)
 
-    def go(folder: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+    def go(folder: Path, stop_at: int | None = None) -> tuple[dict[str, torch.Tensor], State]:
         def progress(stage: str, done: int, total: int) -> None:
             if done == stop_at and stage.startswith("train"):
                 raise KeyboardInterrupt
 
         lm.add_adapter(lora, 0)
         try:
-            train(lm, examples, examples[:3], section, RunDir(folder), progress=progress)
-            return {n: p.detach().clone() for n, p in lm.trainable().items()}
+            state = train(lm, examples, examples[:3], section, RunDir(folder), progress=progress)
+            return {n: p.detach().clone() for n, p in lm.trainable().items()}, state
         except KeyboardInterrupt:
-            return {}
+            return {}, State()
         finally:
             lm.peft.unload()
 
-    straight = go(tmp_path / "straight")
-    for stop in (1, 5, 7):
-        assert not go(tmp_path / "broken", stop)
-    resumed = go(tmp_path / "broken")
+    straight, whole = go(tmp_path / "straight")
+    for stop in (1, 5, 7, 11):
+        assert not go(tmp_path / "broken", stop)[0]
+    resumed, state = go(tmp_path / "broken")
     assert all(torch.equal(straight[n], resumed[n]) for n in straight)
+    assert dataclasses.replace(state, seconds=whole.seconds) == whole
+    assert (whole.best_step, whole.stale_epochs) == (4, 2) and whole.tokens == 3 * sum(
+        len(e.target.ids) for e in examples
+    )
     logs = [RunDir(tmp_path / name).read_jsonl("metrics.jsonl") for name in ("straight", "broken")]
     assert [(x["step"], x.get("loss"), x.get("kl")) for x in logs[0]] == [
         (x["step"], x.get("loss"), x.get("kl")) for x in logs[1]
     ]
+    steps = [x["seconds"] for x in logs[1] if x["event"] == "step"]
+    assert state.seconds == pytest.approx(sum(steps), rel=0.5)
 
 
 def test_a_damaged_checkpoint_is_named(ready: Ready, tmp_path: Path) -> None:
@@ -553,6 +559,8 @@ def test_completions_given_sampled_and_labels(job: Path) -> None:
     sampled = targets(completions={"temperature": 1.0, "samples": 3, "max_new_tokens": 6})
     assert all(len(row) == 4 for row in sampled)
     assert any(row[1].ids != row[2].ids for row in sampled)
+    cold = targets(completions={"temperature": 1e-6, "samples": 3, "max_new_tokens": 6})
+    assert all(row[1].ids == row[2].ids == row[3].ids for row in cold)
 
     words = [r["answer"] for r in map(__import__("json").loads, (job / "queries.jsonl").read_text().splitlines())]
     recipe_words = {"label_words": ["ANT", "BEE"]}
