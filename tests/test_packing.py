@@ -187,9 +187,10 @@ def test_checkpointed_layers_are_not_packed(llama: object) -> None:
     assert_same(slow, gradients(lm, lm.hidden(SHARED)))
 
 
-def test_attention_that_is_not_understood_is_refused(llama: object) -> None:
-    with pytest.raises(packing.CannotPackError, match="softcap"):
-        packing.attention(None, torch.zeros(1), torch.zeros(1), torch.zeros(1), None, softcap=50.0)
+@pytest.mark.parametrize("what", ["softcap", "s_aux", "sliding_window", "position_bias", "attention_mask"])
+def test_attention_that_is_not_understood_is_refused(what: str) -> None:
+    with pytest.raises(packing.CannotPackError, match=what):
+        packing.attention(None, *[torch.zeros(1)] * 3, **{"attention_mask": None, what: 50.0})  # type: ignore[arg-type]
 
 
 def test_the_models_own_attention_is_put_back(llama: object, monkeypatch: pytest.MonkeyPatch) -> None:
