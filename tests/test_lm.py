@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from ctxdistill.decoding import Fixed
 from ctxdistill.errors import FitError, ModelError
 from ctxdistill.lm import LM, check_fit, common_prefix, linear_layers
 from ctxdistill.recipe import LoraSection, ModelSection
-from ctxdistill.weights import packaged_gguf
+from ctxdistill.weights import file_sha256, packaged_gguf
 
 CONTEXT = list(range(10, 50))
 ROWS = [(CONTEXT + list(range(s, s + n)), t) for s, n, t in ((60, 9, 3), (70, 14, 5), (80, 7, 6), (90, 20, 1))]
@@ -311,6 +313,15 @@ def test_lora_outside_the_blocks_is_refused(llama: Path) -> None:
 def test_missing_models_are_explained(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=message):
         LM.load(ModelSection(name=name), tmp_path)
+
+
+def test_the_hash_of_a_file_that_has_changed_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CTXDISTILL_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "model.safetensors"
+    for time, content in ((1, b"as many"), (2, b"letters"), (2, b"and more")):
+        path.write_bytes(content)
+        os.utime(path, (time, time))
+        assert [file_sha256(path), file_sha256(path)] == [hashlib.sha256(content).hexdigest()] * 2
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
