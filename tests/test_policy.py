@@ -293,6 +293,16 @@ def test_a_collapse_stops_with_its_reason(bad: dict[str, float], said: str) -> N
         check([line(1), line(2, **bad)], teacher)
 
 
+def test_a_collapse_may_come_slowly() -> None:
+    for slow, bad, said in (
+        ({"reverse_kl": 0.8}, {"reverse_kl": 2.0}, "0.30 in the first round"),
+        ({"ended": 0.1}, {"ended": 0.0}, "where 100% did"),
+    ):
+        check([line(1), line(2, **slow)], Habits(21.0, 0.97, 0.1))
+        with pytest.raises(TrainError, match=f"(?s)round 3.*{said}"):
+            check([line(1), line(2, **slow), line(3, **bad)], Habits(21.0, 0.97, 0.1))
+
+
 def test_a_task_with_one_short_certain_answer_is_no_collapse() -> None:
     sure = {"tokens": 2.0, "student_entropy": 0.0001, "teacher_entropy": 0.001, "reverse_kl": 0.01}
     check([line(1, **sure), line(2, **sure)], Habits(2.0, 1.0, 0.0))
