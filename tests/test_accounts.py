@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from transformers import DynamicCache
 
 import tiny
 from ctxdistill import accounts
-from ctxdistill.accounts import Peak, cost, forward_flops, training_flops
+from ctxdistill.accounts import Peak, cost, forward_flops, notes, training_flops
+from ctxdistill.dataset import prepare
 from ctxdistill.lm import LM
 from ctxdistill.recipe import LoraSection, ModelSection, Recipe
 
@@ -147,6 +149,23 @@ def test_when_a_run_pays_off_by_hand(job: Path) -> None:
     }  # fmt: skip
     never = cost(recipe, {"in_context": short, "distilled": long}, {"total": 100.0}, 40_000)
     assert [never[name] for name in ("break_even_requests", "break_even_money", "break_even_tokens")] == [None] * 3
+
+
+def test_what_a_reader_must_know(job: Path) -> None:
+    recipe = Recipe.from_dict(tiny.recipe_dict(job, targets={"kind": "topk", "k": 8}), base_dir=job)
+    lm, prompter, rows = prepare(recipe)
+    training = {"truncated_completions": 0, "train_rows": 13, "topk_mass": None, "best_step": 4}
+    always = notes(recipe, lm, prompter, rows, training)
+    rows = dataclasses.replace(rows, counts={"turns_without_text": 7, "dropped_duplicates": 8, "left_out_by_limit": 9})
+    training = {"truncated_completions": 2, "train_rows": 13, "topk_mass": 0.875, "best_step": 0}
+    found = notes(recipe, lm, prompter, rows, training)
+    wanted = [
+        "7 assistant's turns hold a tool call", "8 rows with a repeated query", "9 rows were left out by a limit",
+        "2 of 13 training completions reached max_new_tokens = 6 without an end", "top-8 targets hold 87.5 %",
+        "never lowered the held-out loss",
+    ]  # fmt: skip
+    more = [note for note in found if note not in always]
+    assert len(more) == len(wanted) and all(part in note for part, note in zip(wanted, more, strict=True))
 
 
 CPU = torch.device("cpu")

@@ -173,6 +173,15 @@ def test_a_column_counts_training_rows_only_if_they_have_it(job: Path, there: bo
     assert table["a"]["train_tokens"] == (0 if there else None)
 
 
+def test_a_part_has_means_over_tokens_and_over_the_rows_with_a_value() -> None:
+    made = ((1, 3.0, None), (3, 1.0, 0.0), (4, 0.5, 1.0), (9, 9.0, None))
+    scores = [{"row": str(i), "tokens": t, "kl": kl, "metrics": {"m": m}} for i, (t, kl, m) in enumerate(made)]
+    part = {"0": "a", "1": "a", "2": "a", "3": "b"}
+    a, b = groups.by_part(part, {"distilled": scores}, [])  # type: ignore[dict-item, list-item]
+    assert (a["rows"], a["tokens"], a["kl_after"], a["kl_before"]) == (3, 8, 1.0, None)
+    assert (a["metrics"], b["metrics"]) == ({"distilled": {"m": 0.5}}, {"distilled": {}})
+
+
 def test_contradictions(job: Path) -> None:
     for overrides, complaint in [
         ({"context__documents": []}, "there are none"),
