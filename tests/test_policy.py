@@ -35,6 +35,7 @@ TRAIN: dict[str, Any] = {
 
 def ready_for(job: Path, **overrides: Any) -> Ready:
     raw = tiny.recipe_dict(job, train={**TRAIN, **overrides}, lora={"rank": 4, "dropout": 0.1})
+    raw["prompt"] = {"pattern": "Please {prompt}"}  # long enough for the student's prompts to share their start, too
     recipe = Recipe.from_dict(raw, base_dir=job)
     return (recipe, *prepare(recipe))
 
@@ -64,6 +65,7 @@ def test_the_student_writes_and_both_sides_see_the_same_ids(student: tuple[Ready
     assert [e.id for e in batch] == [examples[i].id for i in rows]
     teachers = {p.id: p.teacher for p in data.pairs["train"]}
     assert lm.peft.training  # as before
+    assert lm.prefix([e.prompt for e in examples])
     lm.training(False)
     for place, (example, row) in enumerate(zip(batch, rows, strict=True)):
         seed = source._seed(0, policy.Item(0, row))
