@@ -164,6 +164,11 @@ def test_contexts_of_each_row_may_share_a_question(job: Path) -> None:
     tiny.write_jsonl(job / "queries.jsonl", [*rows[:6], rows[6]])
     with pytest.raises(DataError, match=r"eval\.jsonl:1"):
         prepare(Recipe.from_dict(raw, base_dir=job))
+    tiny.write_jsonl(job / "queries.jsonl", rows[:6])
+    tiny.write_jsonl(job / "demos.jsonl", [{**row, "answer": "YES"} for row in rows[5:7]])
+    raw["context"] |= {"demos": "demos.jsonl"}
+    with pytest.raises(DataError, match=r"(?s)queries\.jsonl:6 = demos\.jsonl:1.*eval\.jsonl:1 = demos\.jsonl:2"):
+        prepare(Recipe.from_dict(raw, base_dir=job))
 
 
 def test_try_streams_each_arm(run: pipeline.Run) -> None:

@@ -133,7 +133,7 @@ def read_rows(
                 fix=f"name an existing column, or leave {what}.answer out if there are no answers",
             )
     groups = {
-        "context.demos": [(r, prompter.query_text(r, prompter.demo_section)) for r in prompter.context.demos],
+        "context.demos": [(r, identity(prompter, r, prompter.demo_section)) for r in prompter.context.demos],
         "queries": Lazy.over(queries, lambda r: (r, identity(prompter, r, recipe.queries))),
         "eval": Lazy.over(held_out, lambda r: (r, identity(prompter, r, section))),
     }
