@@ -190,7 +190,8 @@ def test_ollama_takes_one_text(finished: Path, tmp_path: Path) -> None:
 
 def test_the_card_is_ready_for_the_hub(finished: Path, made: dict[str, dict[str, Any]]) -> None:
     evaluation = json.loads((finished / "evaluation.json").read_text())
-    for form, library in (("peft", "peft"), ("merged", "transformers"), ("gguf", None)):
+    forms = (("peft", "peft"), ("merged", "transformers"), ("gguf", None), ("gguf-adapter", None), ("ollama", None))
+    for form, library in forms:
         card = ModelCard.load(Path(made[form]["folder"]) / "README.md")
         assert card.data.base_model == "model" and card.data.library_name == library
         assert {"context-distillation", "ctxdistill"} <= set(card.data.tags)

@@ -152,11 +152,8 @@ def gguf_adapter(job: Job) -> list[str]:
     if base is None:  # an adapter of no strength leaves the base
         folder = job.final.with_name(f"{job.final.name}-base")
         base = folder / f"{job.name}.gguf"
-        first = [
-            shlex.join(
-                ["ctxdistill", "export", str(job.run.path), "--format", "gguf", "--strength", "0", "--out", str(folder)]
-            )
-        ]
+        run = str(job.run.path.resolve())
+        first = [shlex.join(["ctxdistill", "export", run, "--format", "gguf", "--strength", "0", "--out", str(folder)])]
     return [*first, shlex.join(["llama-server", "-m", str(base), "--lora", str(job.final / file), "--alias", job.name])]
 
 
@@ -256,7 +253,9 @@ def _check_kind(method: str, format: str, strength: float) -> None:
 def elsewhere(job: Job, command: str) -> str:
     """A command as it reads on another machine, without the places of this one."""
     base = Path(job.recipe.model.name).name if Path(job.source).exists() else job.recipe.model.name
-    for place, name in ((job.final, "path/to/this/folder"), (job.base_gguf, base), (job.source, base)):
+    run = job.run.path.resolve()
+    places = ((job.final, "path/to/this/folder"), (run, "path/to/the/run"), (job.base_gguf, base), (job.source, base))
+    for place, name in places:
         command = command.replace(str(place), name) if place else command
     return command
 
