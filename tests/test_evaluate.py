@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,8 @@ from ctxdistill.evaluate import (
     field_accuracy,
     freely,
     gate_verdict,
+    latency,
+    macro_f1_estimate,
     main_metric,
     metrics_of,
     same,
@@ -38,7 +42,8 @@ def ready(job: Path, **overrides: Any) -> tuple[Any, ...]:
 
 def test_scores_are_those_of_the_slow_reference(job: Path) -> None:
     recipe, lm, prompter, data = ready(job)
-    pairs = data.pairs["eval"]
+    pairs = data.pairs["train"]
+    assert (lengths := [len(p.teacher) for p in pairs]) != sorted(lengths)  # they are not batched in their own order
     targets = teacher_targets(lm, prompter, pairs, recipe, TargetStore(job / "t"))
     base = score_arm("zero_shot", lm, prompter, pairs, targets, recipe)
     teacher = score_arm("in_context", lm, prompter, pairs, targets, recipe)
@@ -144,7 +149,7 @@ def test_time_is_saved_where_the_timed_rows_show_it() -> None:
 def test_tables_and_the_gate() -> None:
     def score(arm: str, i: int, hit: float, kl: float) -> dict[str, Any]:
         return {"arm": arm, "row": str(i), "query": "q", "answer": "a", "prediction": "p", "metrics": {"exact_match": hit},
-                "prompt_tokens": 10, "kl": kl, "top1": 0.5, "tokens": 1 + i % 3}  # fmt: skip
+                "prompt_tokens": 10, "kl": kl * (i % 3), "top1": 0.5, "tokens": 1 + i % 3}  # fmt: skip
 
     rows = range(60)
     scores = {
@@ -159,8 +164,18 @@ def test_tables_and_the_gate() -> None:
     assert result["table"]["in_context"]["exact_match"]["mean"] == 0.75
     low, high = (result["table"]["in_context"]["exact_match"][k] for k in ("low", "high"))
     assert 0.6 < low < 0.75 < high < 0.9
+    kl = result["table"]["zero_shot"]["kl"]
+    assert kl["mean"] == pytest.approx((2 * 2 + 3 * 4) / (1 + 2 + 3))  # per token: long answers count for their tokens
+    residuals = [0 - 8 / 3, 4 - 16 / 3, 12 - 8]  # of the ratio, 20 times each
+    half = 1.96 * np.sqrt(20 * np.square(residuals).sum()) / 120
+    assert (kl["low"], kl["high"]) == (
+        pytest.approx(kl["mean"] - half, abs=0.08),
+        pytest.approx(kl["mean"] + half, abs=0.08),
+    )
     pairs = {(c["a"], c["b"]): c for c in result["comparisons"]}
     assert pairs["in_context", "zero_shot"]["p_mcnemar"] < 1e-6
+    shares = {arm: [s | {"metrics": {"exact_match": 0.5}} for s in found] for arm, found in scores.items()}
+    assert {c["p_mcnemar"] for c in tables(shares, {}, recipe.eval, 0)["comparisons"]} == {None}
 
     class FakeLM:
         window = 100
@@ -168,16 +183,23 @@ def test_tables_and_the_gate() -> None:
     class FakePair:
         teacher, student = (0,) * 20, (0,) * 5
 
-    def verdict(zero: float, kl: float) -> dict[str, Any]:
-        base = [score("zero_shot", i, float(np.floor(zero * (i + 1)) > np.floor(zero * i)), kl) for i in rows]
-        found = {"zero_shot": base, "in_context": scores["in_context"]}
-        return gate_verdict(found, [FakePair()] * 60, FakeLM(), recipe)  # type: ignore[list-item, arg-type]
+    def verdict(zero: float, kl: float, teacher: float = 0.75, n: int = 60) -> dict[str, Any]:
+        found = {
+            arm: [score(arm, i, float(np.floor(share * (i + 1)) > np.floor(share * i)), kl) for i in range(n)]
+            for arm, share in (("zero_shot", zero), ("in_context", teacher))
+        }
+        return gate_verdict(found, [FakePair()] * n, FakeLM(), recipe)  # type: ignore[list-item, arg-type]
 
     assert verdict(0.0, 2.0)["verdict"] == "teach"
     assert verdict(0.0, 2.0)["context_tokens"] == 15
     assert verdict(0.0, 0.001)["verdict"] == "nothing to teach"
     assert verdict(0.75, 2.0)["verdict"] == "nothing to teach"  # no gain
     assert verdict(1.0, 2.0)["gain"]["mean"] == pytest.approx(-0.25)  # the context hurts
+    unclear = verdict(0.6, 2.0)
+    assert unclear["gain"]["low"] < 0 < unclear["gain"]["mean"] and unclear["verdict"] == "nothing to teach"
+    assert verdict(0.6, 2.0, n=20)["verdict"] == "teach"  # so few rows cannot show it
+    assert verdict(0.3, 2.0, teacher=0.3)["verdict"] == "nothing to teach"
+    assert verdict(0.0, 2.0, teacher=0.02)["verdict"] == "teach"  # exact match says nothing there
 
 
 def test_arms_are_compared_on_the_rows_that_both_can_be_judged_on() -> None:
@@ -205,6 +227,39 @@ def test_arms_are_compared_on_the_rows_that_both_can_be_judged_on() -> None:
     assert gate["gain"] is None and gate["verdict"] == "teach" and "no row" in gate["reasons"][1]
     assert pairs == {("distilled", "zero_shot"): (1.0, 40)} and "no row" in gap["undefined"]
     assert judged([None], [None], [None])[1:] == ({}, gap)
+
+
+def test_macro_f1_has_the_interval_of_a_share_where_labels_are_balanced() -> None:
+    rows = [{"answer": "ab"[i % 2], "prediction": "ab"[(i + (i // 2 % 4 == 0)) % 2]} for i in range(400)]
+    found = macro_f1_estimate([*rows, {"answer": None, "prediction": "a"}], resamples=500, seed=0)
+    half = 1.96 * np.sqrt(0.75 * 0.25 / 400)
+    assert (found["mean"], found["n"]) == (pytest.approx(0.75), 400)
+    assert (found["low"], found["high"]) == (pytest.approx(0.75 - half, abs=0.01), pytest.approx(0.75 + half, abs=0.01))
+
+
+def test_latency_is_that_of_each_arm_s_own_request() -> None:
+    asked: list[Any] = []
+
+    class FakeLM:
+        on = False
+
+        @contextlib.contextmanager
+        def adapter(self, on: bool) -> Iterator[None]:
+            self.on = on
+            yield
+
+        def generate(self, prompts: Any, **options: Any) -> None:
+            asked.append((self.on, prompts[0], options["max_new_tokens"]))
+
+    raw = {"model": {"name": "x"}, "context": {"system": "s"}, "queries": {"data": "q"}}
+    recipe = Recipe.from_dict({**raw, "eval": {"latency_rows": 2, "max_new_tokens": 9}})
+    pairs: Any = [SimpleNamespace(teacher=f"teacher {i}", student=f"student {i}") for i in range(3)]
+    prompter: Any = SimpleNamespace(ends=None)
+    lm: Any = FakeLM()
+    for arm, side in (("zero_shot", "student"), ("in_context", "teacher"), ("distilled", "student")):
+        asked.clear()
+        assert len(latency(arm, lm, prompter, pairs, recipe)) == 2  # and one that warms up
+        assert asked == [(arm == "distilled", f"{side} {i}", 9) for i in (0, 0, 1)]
 
 
 def test_metrics() -> None:
