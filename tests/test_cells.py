@@ -6,13 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import tiny
 from ctxdistill import losses
+from ctxdistill.accounts import forward_flops
 from ctxdistill.arms import ARMS, Arm
-from ctxdistill.cells import NOTHING, Bench, examples, judge, run_cell
+from ctxdistill.cells import NOTHING, Bench, examples, judge, prompt_cost, run_cell
 from ctxdistill.draws import Draw
 from ctxdistill.errors import DataError, FitError
 from ctxdistill.grid import Study
@@ -240,6 +242,8 @@ def test_many_contexts_mix_in_the_labels_of_all_their_demonstrations(bench: Benc
     assert [e.id for e in made] == [r.id for r in ROWS[:12]]
     for example, r in zip(made, ROWS, strict=False):
         assert bench.lm.tokenizer.decode(example.target.ids) == f" {WORDS[r.fields['label']]}"
+    made, _, _ = examples(bench, Arm(demos_weight=2.0))
+    assert [e.id for e in made[6:]] == [r.id for r in ROWS[:4]] * 3  # two for each of the six queries
 
 
 def test_a_calibrated_teacher_needs_labels_that_differ_at_once(lm: LM) -> None:
@@ -313,7 +317,42 @@ def test_a_cell_leaves_the_model_as_it_was(lm: LM, tmp_path: Path, name: str) ->
     steps = -(-examples_seen // (2 if name.startswith("ft") else 4)) * 2
     assert record["training"]["steps"] == steps
     assert cost["labelled"] == 4 and cost["unlabelled"] == (0 if name.startswith("ft") else 6)
-    assert cost["trained_tokens"] > 0 and cost["adapter_bytes"] == 4 * cost["trainable"]
+    made, _, _ = examples(bench, ARMS[name])
+    assert cost["trained_tokens"] == 2 * sum(len(e.prompt) + len(e.target.ids) - 1 for e in made)  # in two epochs
+    assert cost["adapter_bytes"] == 4 * cost["trainable"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "labelled", "unlabelled", "contexts"),
+    [
+        (ARMS["zero_shot"], 0, 0, 1),
+        (ARMS["in_context"], 4, 0, 1),
+        (ARMS["in_context_many"], 12, 0, 3),
+        (ARMS["in_context_mean"], 4, 0, 1),  # one of them at a time
+        (Arm(trains="nothing", calibration="queries", queries=3), 4, 3, 1),
+    ],
+)
+def test_what_arms_that_train_nothing_cost(
+    bench: Bench, arm: Arm, labelled: int, unlabelled: int, contexts: int
+) -> None:
+    cost = prompt_cost(bench, arm)
+    assert (cost["labelled"], cost["unlabelled"]) == (labelled, unlabelled)
+    lengths = [[len(p) for p in r.prompts] for r in bench.readings(arm, bench.evaluation["trec"], "trec")]
+    assert cost["prompt_tokens"] == pytest.approx(contexts * np.mean(lengths))
+    one = forward_flops(bench.lm, round(np.mean(lengths)), projected=1)
+    assert cost["request_flops"] == pytest.approx(contexts * one)
+
+
+def test_what_a_calibrated_teacher_costs(lm: LM, tmp_path: Path) -> None:
+    bench = make_bench(lm)
+    bench.pattern = Pattern(PATTERN.pattern, WORDS, answer_pattern="{answer}")  # a byte tokenizer shares the space
+    plain, calibrated, control = (
+        run_cell(bench, bench.study.arm(name), RunDir(tmp_path / name))[0]["cost"]
+        for name in ("cd_one", "cd_many_calibrated", "cd_many_calibrated+zero_shot_teacher")
+    )
+    assert (plain["labelled"], calibrated["labelled"], control["labelled"]) == (4, 12, 12)
+    # three contexts, each read with 6 queries and with the 8 demonstrations of the others
+    assert calibrated["teacher_flops"] > 1.5 * 3 * plain["teacher_flops"]
 
 
 def test_distillation_brings_the_student_to_its_teacher(lm: LM, tmp_path: Path) -> None:
