@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 
 import tiny
-from ctxdistill import adapters, cli, pipeline
+from ctxdistill import adapters, cli, display, pipeline
 from ctxdistill.behaviour import Check
-from ctxdistill.compose import compose, load
+from ctxdistill.compose import compose, distinct, load
 from ctxdistill.crosstalk import groups_of, matrix
 from ctxdistill.dataset import prepare
 from ctxdistill.errors import DataError, FitError, ModelError, RecipeError, RunError
@@ -94,6 +94,20 @@ def test_contexts_that_are_mixed_up_are_not_called_good(job: Path) -> None:
     faithful = {**run.evaluation, "kl_closed": {"mean": 0.99, "low": 0.98, "high": 1.0}, "comparisons": []}
     assert verdict(faithful)["level"] == "partial"
     assert verdict({**faithful, "crosstalk": {**found, "good": True, "reasons": []}})["level"] == "faithful"
+
+
+def test_what_is_printed_has_rows_of_one_context_and_teachers_or_adapters_across(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    numbers = {"a": {"a": 0.1, "b": 0.2}, "b": {"a": 0.3, "b": 0.4}}
+    means = {i: {j: {"mean": value} for j, value in row.items()} for i, row in numbers.items()}
+    own = {i: {"mean": 0.5} for i in numbers}
+    found = {"names": ["a", "b"], "kl": means, "alone": means, "nearest": own, "closed": own, "good": True, "rank": 8}
+    display.composed(display.console(), Path("x"), found)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for row in (["a", "0.100", "0.200", "50.0", "50.0"], ["b", "0.300", "0.400", "50.0", "50.0"],
+                ["a", "10.0", "20.0"], ["b", "30.0", "40.0"]):  # fmt: skip
+        assert row in lines
 
 
 def test_names_must_name_the_contexts(job: Path) -> None:
@@ -197,6 +211,19 @@ def test_adapters_of_every_scaling_are_summed(job: Path, methods: tuple[str, str
     saved = adapters.save(lm.peft, job / "sum", "composed")
     for model in (lm.peft, PeftModel.from_pretrained(LM.load(section, job).model, str(saved))):
         torch.testing.assert_close(logits(model), logits(slow), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["x/a", "y/b"], ["a", "b"]),
+        (["x/a", "y/a", "z/composed"], ["a", "a-2", "composed-3"]),
+        (["x/a-3", "y/a", "z/a"], ["a-3", "a", "a-4"]),
+        (["x/v1.2 *new*", "y/v1-2-new-"], ["v1-2-new-", "v1-2-new--2"]),
+    ],
+)
+def test_each_run_has_a_name_of_its_own(folders: list[str], names: list[str]) -> None:
+    assert distinct([Path(folder) for folder in folders]) == names
 
 
 def test_a_sum_is_measured_on_the_rows_of_every_run(runs: list[Path], tmp_path: Path) -> None:

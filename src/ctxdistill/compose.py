@@ -7,6 +7,7 @@ up); the sum is judged on the held-out rows of every run, beside each adapter al
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -89,8 +90,9 @@ def distinct(paths: Sequence[Path]) -> list[str]:
     no markup."""
     names: list[str] = []
     for path in paths:
-        name = re.sub(r"[^\w-]+", "-", path.resolve().name)
-        names.append(name if name not in [*names, "composed"] else f"{name}-{len(names) + 1}")
+        own = re.sub(r"[^\w-]+", "-", path.resolve().name)
+        numbered = (f"{own}-{n}" for n in itertools.count(len(names) + 1))
+        names.append(next(name for name in itertools.chain([own], numbered) if name not in [*names, "composed"]))
     return names
 
 
