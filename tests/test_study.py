@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import weakref
 from pathlib import Path
@@ -101,6 +102,23 @@ def test_a_study_end_to_end(folder: Path) -> None:
     assert stages[0] == (0, 17) and stages[-1] == (17, 17)
 
 
+def test_no_row_that_is_measured_is_trained_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, far = source("eval", 50, 12), source("ood", 40, 4)  # the training rows are 0 to 59
+    monkeypatch.setitem(TASKS, "updown", dataclasses.replace(TASKS["updown"], evaluation=held, ood={"far": far}))
+    rows = studies.read_task(grid(folder), "updown")
+    assert {row.fields["index"] for row in rows.train} == {*range(40), *range(44, 50)} and rows.dropped == 14
+    assert {name: len(found) for name, found in rows.evaluation.items()} == {"updown": 12, "far": 4}
+    paper = studies.read_task(grid(folder, grid={"draw": "paper"}), "updown")
+    assert len(paper.train) == 60 and paper.dropped == 0  # as the authors have it
+
+
+def test_a_part_of_the_rows_is_the_same_part_for_all_sets(folder: Path) -> None:
+    some = grid(folder, eval={"rows": 5})
+    rows = studies.read_task(some, "updown").evaluation["updown"]
+    first, second = (studies.measured(some, "updown", rows, 5, seed) for seed in (0, 1))
+    assert first == second and len(first) == 5
+
+
 def test_finished_cells_are_kept_and_changed_ones_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     run = studies.Runner.run
@@ -192,6 +210,8 @@ def test_a_cell_without_room_stops_no_other_and_leaves_the_memory(
     assert "micro_batch" in page.read_text()
     study(grid(folder, grid=arms), folder / "out")
     assert len(held) == 1  # not tried again at each start
+    study(grid(folder, grid=arms), folder / "out", retry=True)
+    assert len(held) == 2
 
 
 def test_a_student_whose_numbers_are_lost_stops_no_other_cell(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +348,8 @@ def studies_file(name: str) -> dict[str, Any]:
 
 
 def test_the_authors_procedure(folder: Path) -> None:
-    study(compat(folder, tasks={"pattern": "paper-compat"}), folder / "out")
+    made = compat(folder, tasks={"pattern": "paper-compat"})
+    study(made, folder / "out")
     found = cells(folder / "out")
     table = (folder / "out/all_runs.csv").read_text().splitlines()
     columns = (
@@ -362,6 +383,12 @@ def test_the_authors_procedure(folder: Path) -> None:
     exact = [float(line.split(",")[5]) for line in table[1:]]
     assert means["gretel"] == pytest.approx(sum(exact) / 2)  # the page counts by the authors' rule, too
     assert "most probable next token" in (folder / "out/report.html").read_text()
+    for name in found:  # a random model says no label word: now it has said four, one of them out of domain
+        file = folder / "out/cells" / name / "scores.jsonl"
+        tiny.write_jsonl(file, [s | {"exact": float(i in (0, 1, 2, 8))} for i, s in enumerate(tiny.read_jsonl(file))])
+    studies.write_authors_table(studies.RunDir(folder / "out"), made)
+    for line in (folder / "out/all_runs.csv").read_text().splitlines()[1:]:
+        assert line.split(",")[5:7] == ["0.375", "0.2"]
 
 
 def test_students_are_measured_with_dropout_in_the_authors_procedure_only(
