@@ -227,11 +227,27 @@ def test_costs_and_break_even(found: dict[str, Any]) -> None:
 def test_an_arm_that_saves_nothing_never_pays_off(tmp_path: Path) -> None:
     def expensive(value: Any) -> Any:
         if value.get("arm") == "cd_one":
-            value["cost"]["request_flops"] = 1e12
+            value["cost"] |= {"request_flops": 1e12, "labelled": 20}
         return value
 
     found = analyse(build_study(tmp_path / "s", demos=(4,), rows=30, tasks=TASKS[:1], change=expensive))
-    assert only(found["break_even"], arm="cd_one")["requests"] is None
+    even = only(found["break_even"], arm="cd_one")
+    assert (even["requests"], even["labels_more"]) == (None, 20 - 4)
+
+
+def test_what_training_did_is_held_against_the_cell_s_own_model(tmp_path: Path) -> None:
+    def other(value: Any) -> Any:
+        if value.get("model") == "other" and value["retention"]:
+            value["retention"]["perplexity"] += 10
+        return value
+
+    options: dict[str, Any] = {"demos": (4,), "sets": (0,), "rows": 30, "tasks": TASKS[:1]}
+    found = analyse(build_study(tmp_path / "s", models=("tiny", "other"), change=other, **options))
+    kept = {row["model"]: row for row in found["retention"] if row["arm"] == "cd_one"}
+    assert {m: (r["perplexity"], r["base_perplexity"]) for m, r in kept.items()} == {
+        "tiny": (21, 20),
+        "other": (31, 30),
+    }
 
 
 def test_scores_that_are_means_over_contexts(tmp_path: Path) -> None:
@@ -373,6 +389,24 @@ def test_less_data_and_compute_means_both(labelled: int, flops: float, verdict: 
         {**where, "arm": "cd_one", "labelled": labelled, "flops": flops},
     ]
     assert claims.verdicts([], costs, [], words)[3]["verdict"] == verdict
+
+
+def test_fine_tuning_stays_ahead_where_one_arm_does_and_falls_behind_where_none_does() -> None:
+    below, near, unclear = (
+        comparison("cd_one", "ft_lora", *ends) for ends in ((-0.05, -0.01), (-0.01, 0.03), (-0.05, 0.03))
+    )
+    for rows, outcome in (([below, near], "yes"), ([near, near], "no"), ([near, unclear], "open")):
+        assert claims._short_of_tuning(rows) == outcome
+    many = {"name": "ft_lora_many", "label": "of many contexts", "family": "finetune", "context": "many"}
+    words = claims.Words({"models": [], "tasks": []}, [*ARMS, many])
+    assert words.tuned == ["ft_lora"]  # those of other demonstrations are another question
+
+
+def test_a_gain_that_may_be_none_is_not_taught() -> None:
+    (cell,) = claims.taught(
+        [comparison("in_context", b, low, 0.2) for b, low in (("zero_shot", -0.01), ("constant", 0.1))]
+    )
+    assert not cell["taught"] and "not shown to be better than zero-shot" in cell["reason"]
 
 
 def test_a_claim_falls_with_one_cell_and_stands_with_all() -> None:
