@@ -37,12 +37,12 @@ def ready(job: Path) -> Ready:
     return recipe, lm, prompter, data
 
 
-def slow_kl(lm: LM, prompt: Any, ids: Any, teacher_prompt: Any) -> torch.Tensor:
+def slow_kl(lm: LM, prompt: Any, ids: Any, teacher_prompt: Any, strength: float = 1.0) -> torch.Tensor:
     """KL(base behind `teacher_prompt` || student behind `prompt`) at each token of `ids`, by full forwards."""
     logs = []
-    for side, on in ((teacher_prompt, False), (prompt, True)):
+    for side, on in ((teacher_prompt, 0.0), (prompt, strength)):
         whole, n = join(side, ids)
-        with torch.no_grad(), lm.adapter(on):
+        with torch.no_grad(), lm.adapter(on > 0, on):
             logs.append(lm.model(input_ids=torch.tensor([whole])).logits[0, -n - 1 : -1].log_softmax(-1))
     return (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
 
@@ -93,14 +93,20 @@ def test_numbers_equal_the_slow_way(ready: Ready, tmp_path: Path) -> None:
     assert found["other"]["kl"]["mean"] == pytest.approx(other.mean().item(), rel=1e-3)
     same = [prompter.text(a).casefold() == prompter.text(b).casefold() for a, b in zip(base, own, strict=True)]
     assert found["other"]["obeys"]["mean"] == pytest.approx(sum(same) / 5)
+    for who, key in ((own, "keeps"), (base, "base_keeps")):
+        same = [prompter.text(a).casefold() == prompter.text(b).casefold() for a, b in zip(who, taught, strict=True)]
+        assert found["other"][key]["mean"] == pytest.approx(sum(same) / 5)
 
     points = {p["strength"]: p for p in found["strengths"]}
     assert points[0.0]["kl_closed"]["mean"] == 0.0
     assert points[0.0]["unrelated_kl"]["mean"] == pytest.approx(0.0, abs=1e-6)
-    with lm.adapter(False):
-        base_kl = torch.cat([slow_kl(lm, p.student, i, p.teacher) for p, i in zip(pairs, taught, strict=True)])
-    del base_kl
     assert points[1.0]["unrelated_kl"]["mean"] == pytest.approx(found["unrelated"]["kl"]["mean"])
+    none, half, full = (
+        sum(slow_kl(lm, p.student, ids, p.teacher, strength).sum().item() for p, ids in zip(pairs, taught, strict=True))
+        for strength in (0.0, 0.5, 1.0)
+    )
+    assert points[0.5]["kl_closed"]["mean"] == pytest.approx(1 - half / none, rel=1e-3)
+    assert points[1.0]["kl_closed"]["mean"] == pytest.approx(1 - full / none, rel=1e-3)
 
 
 @pytest.mark.parametrize(("unrelated", "rows", "told"), [(4, 0, [(1, 1)]), (0, 2, [(1, 3), (2, 3), (3, 3)])])
