@@ -143,6 +143,17 @@ def test_what_is_allowed(kl: float, moved: float, floor: float | None, right: tu
     assert (found["adapter"], found["distribution"]) == right
 
 
+@pytest.mark.parametrize(("agree", "ended", "right"), [(19, 9, (True, True)), (18, 8, (False, False))])
+def test_an_export_must_choose_and_end_as_the_student_does(agree: int, ended: int, right: tuple[bool, bool]) -> None:
+    seen = tally(0.0, 1.0, None)
+    seen.agree = [n < agree for n in range(20)]
+    (row,) = seen.rows
+    seen.rows = [row | {"export_ended": n < ended} for n in range(10)]
+    seen.rows += [row | {"student_ended": False, "export_ended": False}] * 9  # which the student does not end, either
+    found = {c["check"]: c["passed"] for c in checks.judge(seen)}
+    assert (found["next token"], found["end"]) == right
+
+
 # -- a server ---------------------------------------------------------------------------------------------------------
 
 

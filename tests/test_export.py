@@ -24,9 +24,11 @@ from ctxdistill import export as exports
 from ctxdistill import pipeline
 from ctxdistill.adapters import scale
 from ctxdistill.cli import main
+from ctxdistill.dataset import stored_recipe
 from ctxdistill.errors import ModelError, RecipeError, RunError
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection, Recipe
+from ctxdistill.rundir import RunDir, no_progress
 from ctxdistill.weights import quiet_peft
 
 IDS = torch.arange(5, 29)[None]  # [1, 24]
@@ -122,6 +124,16 @@ def test_a_gguf_of_no_strength_is_the_base(finished: Path, tmp_path: Path) -> No
     )
 
 
+def test_the_strength_is_in_a_gguf_adapter(finished: Path, made: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    exports.export(finished, "gguf-adapter", tmp_path / "weak", strength=0.25)
+    weak, full = (
+        {t.name: t.data for t in gguf.GGUFReader(folder / "tiny-adapter.gguf").tensors}
+        for folder in (tmp_path / "weak", Path(made["gguf-adapter"]["folder"]))
+    )
+    for name, tensor in full.items():
+        np.testing.assert_allclose(weak[name], tensor * (0.25 if name.endswith("lora_b") else 1.0), rtol=1e-6)
+
+
 def test_the_end_of_an_answer_ends_the_merged_model(made: dict[str, dict[str, Any]]) -> None:
     settings = json.loads((Path(made["merged"]["folder"]) / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [1]
@@ -167,6 +179,14 @@ def test_the_modelfile_holds_the_exact_student_prompt(finished: Path, made: dict
     prompt = json.loads((finished / "recipe.json").read_text())["student_prompt"]["text"]
     assert filled(template_of(text), "please say ant") == prompt.replace("{query}", "please say ant")
     assert 'PARAMETER stop """</s>"""\n' in text and "PARAMETER temperature 0\n" in text
+
+
+def test_the_modelfile_leaves_out_the_bos_that_llama_cpp_adds(finished: Path, tmp_path: Path) -> None:
+    run = RunDir(finished)
+    made = run.read_json("recipe.json")
+    job = exports.Job(run, stored_recipe(run), made, tmp_path, tmp_path, 1.0, no_progress)
+    text = exports.modelfile(job, ["FROM ./x.gguf"], begins=True)
+    assert "<s>" + filled(template_of(text), "hello") == made["student_prompt"]["text"].replace("{query}", "hello")
 
 
 @pytest.mark.parametrize("text", ['say """ {{ .System }}', '"quoted"', "{{{{", "plain\n", '"'])

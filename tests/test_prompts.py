@@ -238,6 +238,13 @@ def test_messages_of_a_row_and_its_own_system_message(tmp_path: Path) -> None:
     assert text(p, pair.student) == "<s><|system|>Whisper.</s><|user|>say emu</s><|assistant|>"
 
 
+def test_a_query_behind_somebody_else_s_system_prompt(tmp_path: Path) -> None:
+    p = prompter(tmp_path, queries__messages="messages", context={"demos": "demos.jsonl", "student_system": "Sing."})
+    messages = [{"role": "system", "content": "Whisper."}, {"role": "user", "content": "say emu"}]
+    other = p.served_query(row(messages=messages), p.recipe.queries, "Be brief.")
+    assert text(p, other) == "<s><|system|>Be brief.</s><|user|>say emu</s><|assistant|>"
+
+
 def test_contexts_per_row(tmp_path: Path) -> None:
     p = prompter(tmp_path, context={"column": "privileged_context"})
     as_text = p.pair(row(prompt="say emu", privileged_context="Sing."), p.recipe.queries)
