@@ -207,8 +207,8 @@ def test_a_result_says_everything(pipeline: types.SimpleNamespace, capfd: pytest
     out = capfd.readouterr().out
     for text in (
         "gate: teach", "exact match %", "50.0 [40.0, 60.0]", "zero-shot", "in-context", "distilled", "97.0", "query 4",
-        "gold", "run/adapter", "run/report.html", "4,321 requests", "99 requests", "321 prompt tokens shorter",
-        "a note",
+        "gold", "run/adapter", "run/report.html", "321 prompt tokens shorter; distilling took 3.3 min",
+        "4,321 requests, counted in time", "99 requests, counted in prompt tokens", "a note",
     ):  # fmt: skip
         assert text in out
     assert "query 5" not in out  # five rows, no more

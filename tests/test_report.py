@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ctxdistill import report
+from ctxdistill import plots, report
 from ctxdistill.errors import RunError
 
 HOSTILE = [
@@ -474,6 +474,11 @@ def test_the_page_shows_every_part(run: Path) -> None:
         "train.lr, lora.rank",
         "It keeps 99.0 % [93.0, 105.0] of the teacher's gain in exact match.",
         "136 s (gate 22 s, label 18 s, train 96 s)",
+        "in-context 82.5, zero-shot 0.0",
+        "instead of 539.8 with the context",
+        "(distilling processed 161,000 tokens)",
+        "+82.5 [+75.8, +89.2]",
+        "in-context higher",
     ):
         assert part in text, part
     assert text.count("remind me to call mom on sunday at") == 8
@@ -664,6 +669,45 @@ def test_the_bare_minimum_renders(run: Path) -> None:
         assert part in text
         assert part.startswith("No training") or part in (run / "report.md").read_text(encoding="utf-8")
     assert "1.500" in report.write_card(run).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures of the plots that a test makes, in the place of their SVG."""
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_svg", lambda figure, *_: figures.append(figure))
+    return figures
+
+
+def lines_of(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
+    """Label -> x and y of each line of a plot."""
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+
+
+def test_lines_of_the_break_even_plots(drawn: list[Any]) -> None:
+    plots.break_even_plots(make_evaluation())
+    for figure, paid, teacher, student in zip(
+        drawn, (161_000, 136.1 / 60), (539.8, 0.8421 / 60), (36.8, 0.4205 / 60), strict=True
+    ):
+        lines = lines_of(figure.axes[0])
+        (_, end), costs = lines["context in the prompt"]
+        assert costs == pytest.approx([0, teacher * end])
+        assert lines["distilled, training included"][1] == pytest.approx([paid, paid + student * end])
+
+
+def test_lines_of_the_training_plot(drawn: list[Any]) -> None:
+    lines = make_metrics()
+    for line in lines:
+        if line["event"] == "step":
+            line["loss"] = 2 * line["kl"]
+        line["best"] = line["event"] == "validation" and line["step"] in (25, 75)
+    plots.training_plot(lines)
+    top, bottom = (lines_of(axes) for axes in drawn[0].axes)
+    steps = [line for line in lines if line["event"] == "step"]
+    for label, factor in (("KL", 1), ("loss", 2)):
+        assert top[label] == ([line["step"] for line in steps], [factor * line["kl"] for line in steps])
+    assert top["KL, held-out"][0] == [25, 50, 75, 100] and top["best, kept"][0] == [75]  # the last that was best
+    assert next(iter(bottom.values()))[1] == [line["lr"] for line in steps]
 
 
 def test_a_run_that_saves_nothing_never_pays_off(tmp_path: Path) -> None:

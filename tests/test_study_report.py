@@ -108,6 +108,13 @@ def test_numbers_in_the_table_are_those_of_the_analysis(full: Path) -> None:
     line = f"| distilled, one context | {accuracy(row)} | {sign} {100 * pair['difference']:+.1f} | {100 * row['exact']:.1f} |"
     assert line in text
     assert f"{100 * row['mean']:.1f}\u202f±\u202f{100 * row['sd']:.1f} [" in line
+    inside, outside = (only(found["table"], task="sst2", set=name, n=16, arm="cd_one") for name in ("sst2", "cr"))
+    assert f"| SST-2 | tiny | {100 * inside['teacher']:.1f} | {accuracy(inside)} | {accuracy(outside)} |" in text
+    pair = only(found["comparisons"], task="trec", n=16, a="cd_many", b="zero_shot")
+    assert re.search(r"\| 16 \| trec \| distilled, many contexts minus zero-shot \| \+.* \| higher \|", text)
+    assert pair["reading"] == "above"
+    assert "| fine-tuned, LoRA | 21 | 20 | 21 | 45.0 | 50.0 |" in text  # perplexity, before, at worst; formats, before
+    assert "against distilled, one context" in text
 
 
 def test_plots_are_whole_and_named(full: Path) -> None:
