@@ -252,6 +252,19 @@ def test_the_pages_say_it(job: Path) -> None:
     assert again["behaviour"]["unrelated"]["kl"] == run.evaluation["behaviour"]["unrelated"]["kl"]
 
 
+def test_facts_name_each_number() -> None:
+    again, other = ({key: {"mean": value} for key, value in numbers.items()} for numbers in (
+        {"kl": 0.1, "alone": 0.2, "same": 0.3}, {"kl": 0.4, "obeys": 0.5, "keeps": 0.6, "base_keeps": 0.7},
+    ))  # fmt: skip
+    found = {"behaviour": {"again": again, "other": {**other, "system": "Sing."}}, "table": {}}
+    assert dict(behaviour_facts(found)) == {
+        "with the context in its prompt again": "KL to the teacher 0.100 nats per token, 0.200 without it; "
+        "the teacher's answer on 30.0 %",
+        "behind another system prompt, “Sing.”": "the base model's answer there on 50.0 %, that of the taught context on "
+        "60.0 % (the two are the same on 70.0 %); KL to the base model 0.400 nats per token",
+    }
+
+
 def test_a_student_is_loaded_with_a_strength(job: Path) -> None:
     run = pipeline.distill(Recipe.from_dict(tiny.recipe_dict(job, eval__latency_rows=0), base_dir=job), job / "run")
     ids = torch.tensor([[0, 5, 6, 7, 8]])

@@ -150,6 +150,8 @@ def test_results_by_a_column(run: pipeline.Run) -> None:
         both = [(table[part]["metrics"][arm]["exact_match"], table[part]["rows"]) for part in "ab"]
         assert sum(m * n for m, n in both) / 9 == pytest.approx(found["exact_match"]["mean"])
     page, plain = (run.path / "report.html").read_text(), (run.path / "report.md").read_text()
+    first = run.evaluation["parts"]["chunk"][0]
+    assert f" | {first['kl_before']:.3f} | {first['kl_after']:.3f} | " in plain
     assert "By chunk" in page and "zoo.md:4" in page and "By sort" in plain and "| zoo.md:4 | " in plain
     again = pipeline.evaluate(run.path)
     for title in ("chunk", "sort"):

@@ -695,6 +695,15 @@ def test_lines_of_the_break_even_plots(drawn: list[Any]) -> None:
         assert lines["distilled, training included"][1] == pytest.approx([paid, paid + student * end])
 
 
+def test_lines_of_the_strength_plot(drawn: list[Any]) -> None:
+    closed, elsewhere = (0.0, 0.6, 0.9), (0.0, 0.1, 0.3)
+    estimates = [({"mean": a, "low": a, "high": a}, {"mean": b}) for a, b in zip(closed, elsewhere, strict=True)]
+    points = [{"strength": s / 2, "kl_closed": a, "unrelated_kl": b} for s, (a, b) in enumerate(estimates)]
+    plots.strength_plot(points)
+    (x, top), (_, bottom) = (next(iter(lines_of(axes).values())) for axes in drawn[0].axes)
+    assert (x, top, bottom) == ([0, 0.5, 1], [0, 60, 90], list(elsewhere))
+
+
 def test_lines_of_the_training_plot(drawn: list[Any]) -> None:
     lines = make_metrics()
     for line in lines:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ctxdistill import plots
 from ctxdistill.plots import arm_mark, arm_styles
 from ctxdistill.study_report import accuracy, count, write_report
 from test_analysis import SKILL, TASKS, analyse, build_study, edit, only
@@ -134,6 +135,25 @@ def test_plots_are_whole_and_named(full: Path) -> None:
     for plot in re.findall(r"<svg role=.*?</svg>", html, re.DOTALL):
         ticks = [t.strip() for t in re.findall(r"<text[^>]*>([^<]*)</text>", plot)]
         assert {"0", "20", "40", "60", "80", "100"} <= set(ticks)  # the whole axis
+
+
+def test_points_are_where_the_numbers_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_svg", lambda figure, *_: figures.append(figure))
+    look = {"color": "#2f86de", "marker": "o", "hollow": False}
+    inside, outside = (0.6, 0.5, 0.7), (0.4, 0.3, 0.5)
+    plots.domain_plot([{**look, "x": inside, "y": outside}], (0.2, 0.1), "a")
+    plots.cost_plot([{**look, "x": 1e6, "y": outside}, {**look, "x": 0, "y": inside}], 0.1, "FLOPs", "b")
+    series = [[(4, *outside), (16, *inside)], [(16, *outside)], [(None, *inside)]]
+    plots.demos_plot([{**look, "points": points} for points in series], 0.1, "c")
+    expected = [
+        [(60, 40)],
+        [(1e6, 40), (1e5, 60)],
+        [(0, 40), (1, 60), (1, 40)],
+    ]  # what costs nothing is left of the rest
+    for figure, points in zip(figures, expected, strict=True):
+        marked = [line.get_xydata()[0] for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
+        assert [tuple(point) for point in marked] == [pytest.approx(point) for point in points]
 
 
 def test_arms_look_different() -> None:
