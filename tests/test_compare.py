@@ -52,12 +52,12 @@ def pair_of(found: dict[str, Any], metric: str) -> dict[str, Any]:
 def test_what_the_adapters_do_elsewhere_stands_beside(tmp_path: Path) -> None:
     a, b = make(tmp_path / "a"), make(tmp_path / "b")
     evaluation = json.loads((a / "evaluation.json").read_text())
-    estimate = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 16}
-    evaluation["behaviour"] = {"unrelated": {"rows": 16, "kl": estimate, "same": estimate}}
+    kl, same = ({"mean": mean, "low": 0.25, "high": 0.75, "n": 16} for mean in (0.4, 0.5))
+    evaluation["behaviour"] = {"unrelated": {"rows": 16, "kl": kl, "same": same}}
     (a / "evaluation.json").write_text(json.dumps(evaluation))
     rows = {row["label"]: row["cells"] for row in compare([a, b])["table"] if row["group"] == "retention"}
     assert rows == {
-        "KL to the base model, unrelated prompts": ["0.500 [0.250, 0.750]", NO_VALUE],
+        "KL to the base model, unrelated prompts": ["0.400 [0.250, 0.750]", NO_VALUE],
         "the same answer there %": ["50.0 [25.0, 75.0]", NO_VALUE],
     }
 
@@ -91,6 +91,24 @@ def test_two_runs_on_the_same_rows(tmp_path: Path) -> None:
     assert len(found["pairs"]) == 4
 
 
+def test_a_difference_counts_by_its_corrected_p(tmp_path: Path) -> None:
+    rows = range(1, 19)
+    found = compare([make(tmp_path / "a", rows=rows, right=1000), make(tmp_path / "b", rows=rows, right=3)])
+    exact = pair_of(found, "exact_match")  # 6 rows differ, all one way
+    assert exact["p"] == pytest.approx(2 * 0.5**6) and exact["p"] < 0.05 < exact["p_holm"]
+    assert exact["reading"] == "no difference shown" and exact["p_text"] == "0.031" != exact["p_holm_text"]
+
+
+def test_a_base_that_is_the_teacher_has_nothing_to_close(tmp_path: Path) -> None:
+    folders = [make(tmp_path / name) for name in "ab"]
+    for file in (folder / "scores.jsonl" for folder in folders):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        zeros = [line | ({"kl": 0.0} if line["arm"] == "zero_shot" else {}) for line in lines]
+        file.write_text("".join(json.dumps(line) + "\n" for line in zeros))
+    (refused,) = compare(folders)["refused"]
+    assert refused["what"] == "fidelity" and refused["why"] == "the base model already is the teacher"
+
+
 def test_equal_runs_show_no_difference(tmp_path: Path) -> None:
     found = compare([make(tmp_path / "a"), make(tmp_path / "b")])
     assert {pair["reading"] for pair in found["pairs"]} == {"no difference shown"}
@@ -103,6 +121,7 @@ def test_equal_runs_show_no_difference(tmp_path: Path) -> None:
         ({"model__weights_sha256": "ff" * 32}, "the models differ"),
         ({"context__sha256": "ff" * 32}, "the contexts differ"),
         ({"model__template_sha256": "ff" * 32}, "chat templates"),
+        ({"model__dtype": "bfloat16"}, "chat templates or types of the weights"),
     ],
 )
 def test_another_teacher_is_no_measure_of_fidelity(tmp_path: Path, changes: dict[str, str], why: str) -> None:
@@ -148,6 +167,8 @@ def test_three_runs_are_compared_in_pairs_and_settings_that_differ_are_shown(tmp
     assert "loss" not in rows  # the same everywhere
     assert rows["KL closed %"] == ["97.1 [96.5, 97.6]"] * 3
     assert rows["exact match %, its teacher"][0] == "82.5 [75.8, 89.2]"
+    pays_off = [rows[f"pays off after requests ({way})"][0] for way in ("time", "tokens")]
+    assert pays_off == ["323", "321"]  # after 320.1, as the report says it
 
 
 def test_what_cannot_be_compared_is_an_error(tmp_path: Path) -> None:

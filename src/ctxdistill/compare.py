@@ -8,6 +8,7 @@ reason; the p-values of one page are corrected together (Holm); nothing here imp
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Sequence
 from itertools import combinations
@@ -149,8 +150,12 @@ def _table(runs: Sequence[Data]) -> list[Data]:
             add("cost", f"{metric_label(metric)}{who}", [cells(metric, arm(run, name, metric)) for run in runs])
     costs = [run["evaluation"].get("cost") or {} for run in runs]
     add("cost", "seconds to distil", [_count((cost.get("seconds") or {}).get("total")) for cost in costs])
-    add("cost", "pays off after requests (time)", [_count(cost.get("break_even_requests")) for cost in costs])
-    add("cost", "pays off after requests (tokens)", [_count(cost.get("break_even_tokens")) for cost in costs])
+    for way, key in (("time", "break_even_requests"), ("tokens", "break_even_tokens")):
+        requests = [cost.get(key) for cost in costs]
+        whole = [
+            math.ceil(number) if finite(number) else None for number in requests
+        ]  # not before the last one is done
+        add("cost", f"pays off after requests ({way})", [_count(number) for number in whole])
     training = [run["evaluation"].get("training") or {} for run in runs]
     add("cost", "adapter parameters", [_count(part.get("trainable_parameters")) for part in training])
     return rows
