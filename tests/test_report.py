@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ctxdistill import plots, report
+from ctxdistill import plots, report, results
 from ctxdistill.errors import RunError
 
 HOSTILE = [
@@ -383,7 +383,10 @@ def test_the_verdict_says_what_was_measured(run: Path) -> None:
 )
 def test_the_level_follows_the_kl_that_is_closed(closed: tuple[float, float, float] | None, level: str) -> None:
     estimate = dict(zip(("mean", "low", "high"), closed, strict=True)) if closed else None
-    assert report.verdict({**make_evaluation(), "kl_closed": estimate})["level"] == level
+    found = report.verdict({**make_evaluation(), "kl_closed": estimate})
+    assert found["level"] == level
+    doubtful = any("The interval reaches below" in remark for remark in found["remarks"])
+    assert doubtful == (closed in ((0.95, 0.94, 0.96), (0.8, 0.7, 0.9)))
 
 
 def test_the_verdict_does_not_hide_an_adapter_that_is_worse_than_its_teacher() -> None:
@@ -400,6 +403,22 @@ def test_the_verdict_does_not_hide_an_adapter_that_is_worse_than_its_teacher() -
     for kept, level in ((0.3, "partial"), (0.9, "close")):  # whatever the KL says, that is not faithful
         evaluation["gap_closed"] = {"mean": kept, "low": kept - 0.1, "high": kept + 0.1}
         assert report.verdict(evaluation)["level"] == level
+
+
+def test_the_table_of_rounds() -> None:
+    numbers = {"reverse_kl": 0.1, "student_entropy": 0.2, "teacher_entropy": 0.3, "tokens": 5.5, "ended": 0.5}
+    line = {"event": "round", "round": 1, "step": 8, "student_rows": 3, "rows": 4, **numbers, "repeated": 0.25}
+    table = results.round_table([{"event": "step"}, line])
+    assert table and table["rows"] == [["1", "8", "3 of 4", "0.100", "0.200", "0.300", "5.5", "50.0", "25.0"]]
+    assert len(table["columns"]) == 9 and results.round_table(make_metrics()) is None
+
+
+def test_an_adapter_that_a_constant_answer_equals_is_called_so() -> None:
+    evaluation = make_evaluation()
+    assert "does not beat" not in " ".join(report.verdict(evaluation)["remarks"])
+    evaluation["constant"]["mean"] = evaluation["table"]["distilled"]["exact_match"]["mean"]
+    said = "Always answering “call mom | sunday | 6pm” scores 81.7 % exact match; the adapter does not beat that."
+    assert said in report.verdict(evaluation)["remarks"]
 
 
 def test_it_says_why_gap_closed_is_undefined(tmp_path: Path) -> None:

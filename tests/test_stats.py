@@ -151,7 +151,8 @@ def test_closed_is_undefined_without_a_gain() -> None:
     assert isinstance(got, str)
     assert "not different from 0" in got
     assert "50 rows" in got
-    assert isinstance(closed([1.0], [0.0], [1.0], **OPTIONS), str)
+    for scores in ([1.0], [0.0], [1.0]), ([0.5], [0.1], [0.9]):
+        assert closed(*scores, **OPTIONS) == "one row tells nothing about the gap"
     assert isinstance(closed([0.5] * 9, [0.5] * 9, [0.5] * 9, **OPTIONS), str)
 
 
