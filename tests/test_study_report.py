@@ -117,6 +117,9 @@ def test_numbers_in_the_table_are_those_of_the_analysis(full: Path) -> None:
     assert "| fine-tuned, LoRA | 21 | 20 | 21 | 45.0 | 50.0 |" in text  # perplexity, before, at worst; formats, before
     assert "against distilled, one context" in text
     for n, requests in ((4, "28.1"), (16, "75")):
+        row = only(found["table"], task="trec", n=n, arm="cd_one")
+        results = text.split(f"### {n} demonstrations\n")[1].split("###")[0]
+        assert f"| distilled, one context | {accuracy(row)} |" in results
         costs = text.split(f"### What it cost, {n} demonstrations\n")[1].split("###")[0]
         assert re.search(rf"\| distilled, one context \|.*\| {requests} \|\n", costs)
 
