@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import tiny
@@ -73,6 +73,17 @@ def test_an_answer_in_the_middle_of_a_line_gets_no_second_space(tmp_path: Path) 
     whole = p.tokenizer("say red\nA: RED\n\n", add_special_tokens=False)["input_ids"]
     assert p.completion("RED") == tuple(whole[-len(" RED\n\n") :])
     assert p.tokenizer.convert_ids_to_tokens(list(p.completion("RED"))) == ["▁", "R", "E", "D", "\n", "\n"]
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer(chat=False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    p = prompter(tmp_path, tokenizer, **TEXT)
+    assert text(p, tokenizer("a")["input_ids"]) == "<s>a</s>"
+    pair = p.pair(row(prompt="say emu"), p.recipe.queries)
+    assert text(p, pair.student) == "<s>Q: say emu\nA:" and text(p, pair.teacher).endswith("Q: say emu\nA:")
 
 
 @pytest.mark.parametrize(
