@@ -84,6 +84,7 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt(tmp_path: Path) 
     assert text(p, tokenizer("a")["input_ids"]) == "<s>a</s>"
     pair = p.pair(row(prompt="say emu"), p.recipe.queries)
     assert text(p, pair.student) == "<s>Q: say emu\nA:" and text(p, pair.teacher).endswith("Q: say emu\nA:")
+    assert text(p, p.served([{"role": "user", "content": "Why?"}])) == "<s>Why?\n\n"
 
 
 @pytest.mark.parametrize(

@@ -356,7 +356,7 @@ class Prompter:
         their text alone."""
         if self.recipe.prompt.style == "text":
             text = "".join(str(m["content"]) + self.recipe.prompt.separator for m in messages)
-            return tuple(self.tokenizer(text)["input_ids"])
+            return tuple(self._opened([text])[0])
         system = self.recipe.context.student_system if system is None else system
         head = [{"role": "system", "content": system}] if system is not None else []
         return tuple(self._render([*head, *messages], True, teacher=False))
@@ -494,15 +494,12 @@ class Prompter:
 
     def _ids(self, rows: Sequence[Row], section: DataSection, *, teacher: bool) -> list[tuple[int, ...]]:
         """The ids of one side of some rows, tokenised together: the tokenizer then uses all cores."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        bos = self.tokenizer.bos_token_id
         if self.recipe.prompt.style == "chat":
             chats = [[*before, *query] for before, query in (self._chat(row, section, teacher=teacher) for row in rows)]
             found = self._render_all(chats, teacher=teacher)
         else:
-            found = self.tokenizer(["".join(self._text(row, section, teacher=teacher)) for row in rows])["input_ids"]
-            for ids in found:
-                if len(ids) > 1 and ids[-1] == eos != bos:
-                    ids.pop()  # a tokenizer that ends every text with EOS would end the prompt before the answer
+            found = self._opened(["".join(self._text(row, section, teacher=teacher)) for row in rows])
         for row, ids in zip(rows, found, strict=True):
             if bos is not None and ids[:2] == [bos, bos]:
                 raise ModelError(
@@ -511,6 +508,15 @@ class Prompter:
                     fix="remove the BOS text from the chat template or the pattern; the tokenizer adds it",
                 )
         return [tuple(ids) for ids in found]
+
+    def _opened(self, texts: list[str]) -> list[list[int]]:
+        """The ids of prompts in the text style: with BOS, where the tokenizer puts one."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        found: list[list[int]] = self.tokenizer(texts)["input_ids"]
+        for ids in found:
+            if len(ids) > 1 and ids[-1] == eos != bos:
+                ids.pop()  # a tokenizer that ends every text with EOS would end the prompt before the answer
+        return found
 
     def _render_all(self, chats: list[list[Message]], *, teacher: bool) -> list[list[int]]:
         """`_render` of several chats, as ids."""
