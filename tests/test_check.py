@@ -303,6 +303,16 @@ def test_an_answer_of_another_form_is_an_error(monkeypatch: pytest.MonkeyPatch, 
     assert "prompt_tokens" in caught.value.expected and json.dumps(answer)[:40] in caught.value.found
 
 
+@pytest.mark.parametrize(("reason", "ended"), [("stop", True), ("length", False)])
+def test_an_answer_that_the_limit_cuts_off_has_not_ended(
+    monkeypatch: pytest.MonkeyPatch, reason: str, ended: bool
+) -> None:
+    said = {"choices": [{**CHOICE, "finish_reason": reason}], "usage": {"prompt_tokens": 7}}
+    monkeypatch.setattr(runtimes.Endpoint, "call", lambda self, path, body=None: {"data": []} if body is None else said)
+    found = runtimes.Endpoint("http://x", tiny.tokenizer()).answer([{"role": "user", "content": "x"}], 4)
+    assert found and (found.ended, found.text, found.prompt_tokens) == (ended, "x", 7)
+
+
 @pytest.mark.parametrize("listed", [{"data": "tiny"}, {"data": [{"name": "tiny"}]}, {"data": {"id": "tiny"}}])
 def test_a_list_of_models_of_another_form_is_an_error(monkeypatch: pytest.MonkeyPatch, listed: dict[str, Any]) -> None:
     monkeypatch.setattr(runtimes.Endpoint, "call", lambda self, path, body=None: listed)
