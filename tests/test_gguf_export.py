@@ -54,12 +54,13 @@ def values(path: Path) -> dict[str, Any]:
     return {key: f.contents() for key, f in gguf.GGUFReader(path).fields.items() if not key.startswith("GGUF.")}
 
 
-def adapted(folder: Path, model: Any, rank: int = 2, alpha: int = 6) -> Any:
+def adapted(folder: Path, model: Any, rank: int = 2, alpha: int = 6, rslora: bool = False) -> Any:
     """The model with a random adapter on all linear layers of the blocks, which is also saved into `folder`."""
     torch.manual_seed(2)
     with quiet_peft():
         peft = get_peft_model(
-            model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+            model,
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM", use_rslora=rslora),
         )
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
@@ -80,16 +81,17 @@ def test_transformers_reads_back_the_same_model(tmp_path: Path, architecture: st
         torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", WRITABLE)
-def test_the_base_with_the_adapter_is_the_merged_model(tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize(("architecture", "rslora"), [*((name, False) for name in WRITABLE), ("llama", True)])
+def test_the_base_with_the_adapter_is_the_merged_model(tmp_path: Path, architecture: str, rslora: bool) -> None:
     """W + strength * alpha / rank * B A, from the files alone, as llama.cpp computes it."""
     model = model_of(architecture)
     base = tensors(write(tmp_path, model))
-    student = adapted(tmp_path / "adapter", model)
+    student = adapted(tmp_path / "adapter", model, rslora=rslora)
     gguf_export.write_adapter(tmp_path / "lora.gguf", model.config, tmp_path / "adapter", strength=0.5)
     lora, meta = tensors(tmp_path / "lora.gguf"), values(tmp_path / "lora.gguf")
     assert (meta["general.type"], meta["adapter.type"]) == ("adapter", "lora")
-    assert meta["adapter.lora.alpha"] == 6  # never 0, which llama.cpp takes for a scale of 1
+    alpha = 6 * 2**0.5 if rslora else 6  # llama.cpp divides by the rank; never 0, which it takes for a scale of 1
+    assert meta["adapter.lora.alpha"] == pytest.approx(alpha)
     assert meta["general.architecture"] == values(tmp_path / "model.gguf")["general.architecture"]
     scale(student, 0.5)
     merged = student.merge_and_unload()
