@@ -24,14 +24,14 @@ def test_the_studies_that_ship_are_valid(path: Path) -> None:
 
 
 def test_the_grid_is_the_product_but_for_arms_that_nothing_changes() -> None:
-    grid = {"demos": [2, 16], "sets": [0, 1, 2], "arms": ["zero_shot", "in_context", "cd_one"]}
+    grid = {"demos": [2, 16], "sets": [0, 1, 2], "arms": ["zero_shot", "in_context", "cd_one", "ft_lora"]}
     cells = study(grid=grid).cells()
-    assert len(cells) == 2 * (1 + 2 * 3 * 2)
+    assert len(cells) == 2 * (1 + 2 * 3 * 3)
     assert [c.id for c in cells[:4]] == [
         "b-trec-zero_shot",
         "b-trec-n2-set0-in_context",
         "b-trec-n2-set0-cd_one",
-        "b-trec-n2-set1-in_context",
+        "b-trec-n2-set0-ft_lora",
     ]
     assert (cells[0].n, cells[0].set) == (0, None)
 
@@ -152,6 +152,9 @@ def test_a_cell_is_made_again_when_what_it_depends_on_changes() -> None:
     assert changed("cd_one", grid={"sets": [0], "queries": 64}) and changed("zero_shot", eval={"rows": 5})
     assert changed("cd_many", grid={"sets": [0], "contexts": 2}) and changed("cd_one", lora={"rank": 2})
     assert changed("cd_one", model={"names": ["a/b"], "window": 9})
+    assert changed("cd_one", grid={"sets": [0], "draw": "paper"})
+    assert changed("cd_one", label_weight=0.5)
+    assert not changed("ft_lora", label_weight=0.5) and not changed("in_context", label_weight=0.5)
     here, there = ({"names": ["trec", "mnli"], "root": root} for root in ("here", "there"))
     assert changed("zero_shot", tasks=here)  # some files hold fewer rows than the hub does
     assert cell_key(study(tasks=here), cells["zero_shot"]) == cell_key(study(tasks=there), cells["zero_shot"])
