@@ -139,27 +139,31 @@ def test_when_a_run_pays_off_by_hand(job: Path) -> None:
     """100 s of a machine at 36 an hour are 1; a request saves 500 tokens, which are 0.001, and 50 ms."""
     prices = {"machine_hour": 36.0, "per_million_tokens": 2.0, "requests_per_day": 100.0}
     recipe = Recipe.from_dict(tiny.recipe_dict(job, cost=prices), base_dir=job)
-    long, short = (
-        {"prompt_tokens": {"mean": t}, "latency_ms": {"mean": ms}} for t, ms in ((520.0, 90.0), (20.0, 40.0))
-    )
-    found = cost(recipe, {"in_context": long, "distilled": short}, {"total": 100.0}, 40_000)
+    long, short = ({"prompt_tokens": {"mean": tokens}} for tokens in (520.0, 20.0))
+    saved = {"mean": 50.0, "low": 45.0, "high": 55.0, "n": 24}
+    result = {"table": {"in_context": long, "distilled": short}, "ms_saved": saved}
+    found = cost(recipe, result, {"total": 100.0}, 40_000)
     assert found == {
-        "seconds": {"total": 100.0}, "prompt_tokens_saved": 500.0, "ms_saved": 50.0, "break_even_requests": 2000,
+        "seconds": {"total": 100.0}, "prompt_tokens_saved": 500.0, "ms_saved": saved, "break_even_requests": 2000,
         "break_even_money": {"requests": 1000, "days": pytest.approx(10.0)}, "training_tokens": 40_000, "break_even_tokens": 80,
     }  # fmt: skip
-    never = cost(recipe, {"in_context": short, "distilled": long}, {"total": 100.0}, 40_000)
+    for timed in (None, {"mean": -50.0, "low": -55.0, "high": -45.0, "n": 24}, {**saved, "low": -1.0}):
+        assert cost(recipe, {**result, "ms_saved": timed}, {"total": 100.0}, 40_000)["break_even_requests"] is None
+    other = {"table": {"in_context": short, "distilled": long}, "ms_saved": None}
+    never = cost(recipe, other, {"total": 100.0}, 40_000)
     assert [never[name] for name in ("break_even_requests", "break_even_money", "break_even_tokens")] == [None] * 3
 
 
 def test_what_a_reader_must_know(job: Path) -> None:
     recipe = Recipe.from_dict(tiny.recipe_dict(job, targets={"kind": "topk", "k": 8}), base_dir=job)
     lm, prompter, rows = prepare(recipe)
-    training = {"truncated_completions": 0, "train_rows": 13, "topk_mass": None, "best_step": 4}
+    training = {"truncated_completions": 0, "train_rows": 13, "topk_mass": None, "best_step": 4, "memory_savings": 0}
     always = notes(recipe, lm, prompter, rows, training)
     rows = dataclasses.replace(rows, counts={"turns_without_text": 7, "dropped_duplicates": 8, "left_out_by_limit": 9})
-    training = {"truncated_completions": 2, "train_rows": 13, "topk_mass": 0.875, "best_step": 0}
+    training = {"truncated_completions": 2, "train_rows": 13, "topk_mass": 0.875, "best_step": 0, "memory_savings": 2}
     found = notes(recipe, lm, prompter, rows, training)
     wanted = [
+        "the device's memory does not hold a training step of 4 rows; steps are not recorded, are taken 2 rows at a time",
         "7 assistant's turns hold a tool call", "8 rows with a repeated query", "9 rows were left out by a limit",
         "2 of 13 training completions reached max_new_tokens = 6 without an end", "top-8 targets hold 87.5 %",
         "never lowered the held-out loss",

@@ -78,7 +78,8 @@ def test_the_job_keeps_the_fastest_of_several_runs_in_turn(
 
     def answer(command: list[str], **_: object) -> SimpleNamespace:
         asked.append(command[command.index("--one") + 1])
-        found = {"seconds": next(seconds), "steps": 2, "peak_mb": None, "planned": 4.0, "first_loss": 0.5}
+        found = {"seconds": (whole := next(seconds)), "teacher": 1.0, "rest": whole - 1.0, "steps": 2, "peak_mb": None,
+                 "planned": 4.0, "first_loss": 0.5}  # fmt: skip
         return SimpleNamespace(returncode=0, stdout=json.dumps(found))
 
     monkeypatch.setattr(benchmark.subprocess, "run", answer)
@@ -89,6 +90,24 @@ def test_the_job_keeps_the_fastest_of_several_runs_in_turn(
     kept = json.loads(file.read_text())["jobs"]["short"]
     assert (kept["floor"]["seconds"], kept["ours"]["seconds"]) == (3.0, 4.0)
     assert "ours: the fastest of 7.0, 5.0, 4.0 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("benchmark", ["job"], indirect=True)
+def test_trl_is_compared_with_one_epoch_of_ours(benchmark: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = {
+        "seconds": 40.0,
+        "teacher": 8.0,
+        "rest": 32.0,
+        "steps": 16,
+        "peak_mb": 1.0,
+        "planned": 40.0,
+        "first_loss": 0.5,
+    }
+    trl = {"seconds": 240.0, "steps": 8, "peak_mb": 1.0}
+    assert benchmark.table("long", {"ours": ours, "trl": trl}, 0.1)
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert lines["trl"][-1] == "10.00"  # 240 / (8 + 32 / 2)
+    assert lines["ours"][-1] == "1.00"
 
 
 @pytest.mark.parametrize("benchmark", ["sweeps"], indirect=True)

@@ -151,11 +151,10 @@ def _table(runs: Sequence[Data]) -> list[Data]:
     costs = [run["evaluation"].get("cost") or {} for run in runs]
     add("cost", "seconds to distil", [_count((cost.get("seconds") or {}).get("total")) for cost in costs])
     for way, key in (("time", "break_even_requests"), ("tokens", "break_even_tokens")):
-        requests = [cost.get(key) for cost in costs]
-        whole = [
-            math.ceil(number) if finite(number) else None for number in requests
+        requests = [
+            math.ceil(n) if finite(n := cost.get(key)) else None for cost in costs
         ]  # not before the last one is done
-        add("cost", f"pays off after requests ({way})", [_count(number) for number in whole])
+        add("cost", f"pays off after requests ({way})", [_count(n) for n in requests])
     training = [run["evaluation"].get("training") or {} for run in runs]
     add("cost", "adapter parameters", [_count(part.get("trainable_parameters")) for part in training])
     return rows
