@@ -66,7 +66,7 @@ def build_study(
     recipe = {
         **{"name": "small study", "created": "2025-01-31T12:00:00+00:00", "versions": {"ctxdistill": "0.1.0"}},
         "models": [{"name": name, "label": name.split("/")[-1]} for name in models],
-        "tasks": [{**task, "constant": {}} for task in tasks],
+        "tasks": list(tasks),
         **{"demos": list(demos), "sets": list(sets), "arms": [{"control_of": None, **arm} for arm in ARMS]},
         **{"eval_rows": rows, "queries": 128},
     }
