@@ -209,6 +209,34 @@ def test_broken_json(tmp_path: Path, text: str | bytes, part: str) -> None:
     assert part in fails(tmp_path, "q.json", text)
 
 
+@pytest.mark.parametrize("name", ["q.jsonl", "q.json", "q.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_one_error(tmp_path: Path, name: str, encoding: str) -> None:
+    text = {"q.jsonl": lines({"prompt": "a"}), "q.json": '[{"prompt": "a"}]', "q.csv": "prompt\na\n"}[name]
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    r = recipe(tmp_path, queries={"data": name})
+    with pytest.raises(DataError, match="looks like UTF-16") as caught:
+        data.read(r.queries, r, "queries")
+    assert name in caught.value.message and caught.value.fix == "save it as UTF-8"
+    with pytest.raises(DataError, match="looks like UTF-16"):
+        data.read_rows(tmp_path / name)
+
+
+def test_what_to_do_about_another_encoding(tmp_path: Path) -> None:
+    for name, raw in (
+        ("q.jsonl", b'{"prompt": "\xe4"}\n'),
+        ("q.csv", b"prompt\n\xe4\n"),
+        ("q.json", b'[{"prompt": "\xe4"}]'),
+    ):
+        message = fails(tmp_path, name, raw)
+        assert message.endswith("  fix: save it as UTF-8"), message
+    more = fails(tmp_path, "q.jsonl", b'{"prompt": "\xe4"}\n{"prompt": 7}\n')
+    assert "save it as UTF-8" in more and "mend these lines" in more
+    (tmp_path / "from.jsonl").write_bytes(b'{"prompt": "\xe4"}\n')
+    with pytest.raises(DataError, match="fix: save it as UTF-8"):
+        data.read_rows(tmp_path / "from.jsonl")
+
+
 @pytest.mark.parametrize("name", ["q.jsonl", "q.json", "q.csv", "q.tsv"])
 @pytest.mark.parametrize("text", ["", "\n \n"])
 def test_empty_file(tmp_path: Path, name: str, text: str) -> None:

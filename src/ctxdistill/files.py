@@ -36,6 +36,11 @@ def open_regular(path: Path) -> io.BufferedReader:
     return os.fdopen(file, "rb")
 
 
+def is_utf16(start: bytes) -> bool:
+    """Whether a text that begins so looks like UTF-16: with its byte order mark, or a character in two bytes of which one is 0."""
+    return start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start[:2]
+
+
 def kind(path: Path) -> str:
     """What is at a path, for people."""
     if path.is_dir():

@@ -25,6 +25,9 @@ MAX_PROBLEMS = 1000
 """Problems after which a file is not read on."""
 MAX_PARQUET = (2_000_000_000, 30)
 """Memory that a Parquet file may take while it is read: bytes, and as many more for each byte of the file."""
+NOT_UTF8 = "not valid UTF-8"
+"""What problems with the encoding say."""
+SAVE_AS_UTF8 = "save it as UTF-8"
 
 Fields = dict[str, Any]
 Record = tuple[str, Fields]
@@ -54,7 +57,7 @@ def _read_json(path: Path, most: int, problems: list[str]) -> tuple[list[Record]
     try:
         text = bounded(path, files.MAX_JSON, path.name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        problems.append(f"{path.name}: not valid UTF-8 at byte {error.start + 1}")
+        problems.append(f"{path.name}: {NOT_UTF8} at byte {error.start + 1}")
         return [], 0
     items = parsed(text, path.name, problems) if text.strip() else []
     if items is None:
@@ -235,10 +238,15 @@ def bounded(path: Path, most: int, what: str) -> bytes:
 
 
 def open_file(path: Path, what: str) -> Any:
+    """A text file to be read. Raises: `DataError`, also for one in UTF-16, whose lines would all be wrong."""
     try:
-        return files.open_regular(path)
+        file = files.open_regular(path)
     except OSError as error:
         raise DataError(f"{what}: cannot open {path}: {error.strerror}", fix="check its permissions") from None
+    if files.is_utf16(file.peek(2)):
+        file.close()
+        raise DataError(f"{what}: {path} looks like UTF-16", expected="a UTF-8 text file", fix=SAVE_AS_UTF8)
+    return file
 
 
 def lines(path: Path, problems: list[str], encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
@@ -290,6 +298,12 @@ def parsed(text: str, origin: str, problems: list[str]) -> Any:
             return value
         problems.append(f"{origin}: expected an object {{...}}, found null")
     return None
+
+
+def fix_of(problems: Sequence[str], otherwise: str) -> str:
+    """What to do about the problems of a file: about its encoding, and about all else `otherwise`."""
+    encoding = sum(NOT_UTF8 in problem for problem in problems)
+    return "; ".join([SAVE_AS_UTF8] * bool(encoding) + [otherwise] * (encoding < len(problems)))
 
 
 def short(value: Any, most: int = 60) -> str:

@@ -99,7 +99,7 @@ def read(
         records = split_records
     problems += _check(records, _columns(section, recipe, what, answers), recipe.prompt.label_words)
     if problems:
-        fix = "mend these lines, or name other columns in the recipe"
+        fix = readers.fix_of(problems, "mend these lines, or name other columns in the recipe")
         raise several(DataError, f"{what}: {source}", problems, fix=fix)
     return Rows(rows_of(records), total - len(records), source)
 
@@ -115,7 +115,8 @@ def read_rows(path: Path) -> list[Fields]:
     records, _ = readers.reader_of(path, "--from")(path, 0, problems)
     if problems or not records:
         problems = problems or ["there are no rows"]
-        raise several(DataError, str(path), problems, fix="a row is an object: one a line in .jsonl, a list in .json")
+        fix = readers.fix_of(problems, "a row is an object: one a line in .jsonl, a list in .json")
+        raise several(DataError, str(path), problems, fix=fix)
     return [fields for _, fields in records]
 
 
@@ -210,7 +211,7 @@ def read_text(name: str, recipe: Recipe, what: str) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{what}: {path}:{line} is not valid UTF-8", expected="a UTF-8 text file", fix="convert it to UTF-8"
+            f"{what}: {path}:{line} is not valid UTF-8", expected="a UTF-8 text file", fix=readers.SAVE_AS_UTF8
         ) from None
     if not text.strip():
         raise DataError(f"{what}: {path} is empty", expected="a text", fix=f"write one, or remove {what}")
@@ -227,7 +228,7 @@ def read_messages(name: str, recipe: Recipe, what: str) -> list[dict[str, Any]]:
     records, _ = readers.READERS[suffix](path, 0, problems)
     problems += [f"{origin}: {problem}" for origin, fields in records for problem in _message_problems(fields)]
     if problems:
-        fix = 'each message is {"role": "user", "content": "..."}'
+        fix = readers.fix_of(problems, 'each message is {"role": "user", "content": "..."}')
         raise several(DataError, f"{what}: {path}", problems, fix=fix)
     if not records:
         raise DataError(f"{what}: {path} is empty", expected="at least one message", found="none")
