@@ -237,6 +237,25 @@ def test_what_to_do_about_another_encoding(tmp_path: Path) -> None:
         data.read_rows(tmp_path / "from.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "separator", "fix"),
+    [
+        ("q.csv", "prompt;x\na;b\n", "';'", "save it with commas, or as .jsonl"),
+        ("q.csv", "prompt;x\na, b, c;d\n", "';'", "save it with commas, or as .jsonl"),
+        ("q.csv", "\ufeffprompt\tx\na\tb\n", "tabs", "save it with commas, or as .jsonl"),
+        ("q.tsv", "prompt,x\na,b\n", "','", "save it with tabs, or as .jsonl"),
+    ],
+)
+def test_other_separators_are_named(tmp_path: Path, name: str, text: str, separator: str, fix: str) -> None:
+    message = fails(tmp_path, name, text)
+    assert f"{name} seem to be separated by {separator}" in message
+    assert message.endswith(f"fix: {fix}")
+
+
+def test_a_column_may_have_a_semicolon_in_its_name(tmp_path: Path) -> None:
+    assert len(read(tmp_path, "q.csv", "a;b\nc\n", queries={"prompt": "a;b"}).rows) == 1
+
+
 @pytest.mark.parametrize("name", ["q.jsonl", "q.json", "q.csv", "q.tsv"])
 @pytest.mark.parametrize("text", ["", "\n \n"])
 def test_empty_file(tmp_path: Path, name: str, text: str) -> None:

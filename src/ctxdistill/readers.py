@@ -28,6 +28,9 @@ MAX_PARQUET = (2_000_000_000, 30)
 NOT_UTF8 = "not valid UTF-8"
 """What problems with the encoding say."""
 SAVE_AS_UTF8 = "save it as UTF-8"
+TAB = "\t"
+SEPARATORS = {".csv": (",", "commas"), ".tsv": (TAB, "tabs")}
+"""Suffix -> what stands between fields, and its name."""
 
 Fields = dict[str, Any]
 Record = tuple[str, Fields]
@@ -85,6 +88,22 @@ def _read_csv(path: Path, most: int, problems: list[str], dialect: str = "excel"
 
 def _read_tsv(path: Path, most: int, problems: list[str]) -> tuple[Sequence[Record], int]:
     return _read_csv(path, most, problems, "excel-tab")
+
+
+def refuse_other_separator(path: Path, what: str) -> None:
+    """Raises: `DataError` when the fields of a `.csv` or `.tsv` file seem to be separated otherwise."""
+    if path.suffix.lower() not in SEPARATORS:
+        return
+    own, name = SEPARATORS[path.suffix.lower()]
+    header = next((line for _, line in lines(path, []) if line.strip()), "").strip("\r\n")
+    other = next((character for character in ";\t," if character in header), None)
+    if other and own not in header:
+        raise DataError(
+            f"{what}: the fields of {path} seem to be separated by {'tabs' if other == TAB else repr(other)}",
+            expected=f"{name} between them, as in any {path.suffix.lower()} file",
+            found=f"the header {short(header)}",
+            fix=f"save it with {name}, or as .jsonl",
+        )
 
 
 def _csv_records(reader: Any, name: str, most: int, problems: list[str]) -> tuple[Sequence[Record], int]:

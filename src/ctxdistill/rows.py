@@ -99,6 +99,8 @@ def read(
         records = split_records
     problems += _check(records, _columns(section, recipe, what, answers), recipe.prompt.label_words)
     if problems:
+        if not section.data.startswith(HUB):
+            readers.refuse_other_separator(path, what)
         fix = readers.fix_of(problems, "mend these lines, or name other columns in the recipe")
         raise several(DataError, f"{what}: {source}", problems, fix=fix)
     return Rows(rows_of(records), total - len(records), source)
