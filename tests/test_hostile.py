@@ -151,7 +151,7 @@ def test_pipes_devices_and_folders_are_no_data(suffix: str, tmp_path: Path) -> N
     (tmp_path / f"folder.{suffix}").mkdir()
     (tmp_path / f"zero.{suffix}").symlink_to("/dev/zero")
     (tmp_path / f"loop.{suffix}").symlink_to(tmp_path / f"loop.{suffix}")
-    for name, found in (("pipe", "a pipe"), ("folder", "a folder"), ("zero", "cannot read /dev/zero"), ("loop", "")):
+    for name, found in (("pipe", "a pipe"), ("folder", "a folder"), ("zero", "a device"), ("loop", "")):
         with pytest.raises(CtxDistillError) as caught:
             read(tmp_path, f"{name}.{suffix}")
         assert found in str(caught.value)

@@ -320,9 +320,15 @@ def test_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     assert "no file" in caught.value.message
     assert caught.value.expected
     assert "queries.jsonl" in caught.value.found
-    assert "other.txt" not in caught.value.found
+    assert "similar names in" in caught.value.found and "other.txt" not in caught.value.found
     assert "queries" in caught.value.fix
-    for name, found in (("no/q.jsonl", "there is no folder"), ("sub.csv", "a folder")):
+    for i in range(6):
+        (tmp_path / f"{i}.txt").write_text("x")
+    r = recipe(tmp_path, queries={"data": "zzzzzzz.parquet"})
+    with pytest.raises(DataError, match=r"in .*: 0\.txt, 1\.txt, 2\.txt, 3\.txt, 4\.txt, \.\.\.\n"):
+        data.read(r.queries, r, "queries")
+    (tmp_path / "rows").mkdir()
+    for name, found in (("no/q.jsonl", "there is no folder"), ("sub.csv", "is a folder"), ("rows", "is a folder")):
         (tmp_path / "sub.csv").mkdir(exist_ok=True)
         r = recipe(tmp_path, queries={"data": name})
         with pytest.raises(DataError, match=found):

@@ -206,6 +206,7 @@ READERS: dict[str, Reader] = {
 
 def reader_of(path: Path, what: str, otherwise: str = "") -> Reader:
     """The reader of a file that is there; arguments and errors as of `must_be_file`."""
+    must_be_file(path, what, otherwise)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
@@ -214,7 +215,6 @@ def reader_of(path: Path, what: str, otherwise: str = "") -> Reader:
             found=path.suffix or "no suffix",
             fix="convert it, or rename it if it is one of these",
         )
-    must_be_file(path, what, otherwise)
     return reader
 
 
@@ -232,15 +232,16 @@ def must_be_file(path: Path, what: str, otherwise: str = "") -> None:
     if path.is_file():
         return
     folder = path.parent
-    found = f"there is no folder {folder}"
+    message, found = f"{what}: there is no file {path}", f"there is no folder {folder}"
     if path.exists():
-        found = files.kind(path)
+        message, found = f"{what}: {path} is {files.kind(path)}, and no file", ""
     elif folder.is_dir():
         names = sorted(p.name for p in folder.iterdir() if p.is_file())
-        near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:5]
-        found = f"in {folder}: {', '.join(near)}" if near else f"no files in {folder}"
+        near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+        some = ", ".join([*names[:5], "..."] if len(names) > 5 else names)
+        found = f"similar names in {folder}: {', '.join(near)}" if near else f"in {folder}: {some or 'no files'}"
     raise DataError(
-        f"{what}: there is no file {path}",
+        message,
         expected="a file" if _is_option(what) else "a file; relative paths start at the recipe's folder",
         found=found,
         fix=f"mend {what}{'' if _is_option(what) else ' in the recipe'}{otherwise and f', or {otherwise}'}",
