@@ -225,6 +225,13 @@ def test_without_held_out_data_queries_are_split(job: Path) -> None:
     assert made.evaluation["kl_closed"] is not None
 
 
+def test_no_held_out_share_names_the_key(job: Path) -> None:
+    with pytest.raises(DataError, match="no rows are left for eval") as caught:
+        pipeline.show(recipe(job, eval__data=None, eval__share=0.0))
+    assert "eval.share = 0" in caught.value.found
+    assert "eval.share" in caught.value.fix and "eval.data" in caught.value.fix
+
+
 def test_layers_that_are_not_there_cost_no_labelling(job: Path) -> None:
     with pytest.raises(ModelError, match=r"(?s)names no layer.*found: q_prj"):
         pipeline.distill(recipe(job, lora__targets=["q_prj"]), job / "run")

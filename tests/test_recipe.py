@@ -94,6 +94,8 @@ def test_unknown_key_far_from_all_lists_them(tmp_path: Path) -> None:
         ("train.epochs=0", ["train.epochs", "greater than or equal to 1", "found 0"]),
         ("train.epochs=1.5", ["train.epochs", "found 1.5"]),
         ("train.warmup=2", ["train.warmup", "less than or equal to 1"]),
+        ("eval.share=1", ["eval.share", "less than 1"]),
+        ("train.validation=1.0", ["train.validation", "less than 1"]),
         ("train.loss='mse'", ["train.loss", "'forward_kl', 'reverse_kl' or 'jsd'", '"mse"']),
         ("context.documents='a.txt'", ["context.documents", "list", '"a.txt"']),
         ("model='m'", ["model", '"m"']),

@@ -149,10 +149,11 @@ def read_rows(
     }
     for name in ("train", "eval"):
         if not splits[name][0]:
+            none = name == "eval" and recipe.eval.data is None and recipe.eval.share == 0
             raise DataError(
                 f"no rows are left for {name}",
-                found=f"{len(found)} queries",
-                fix="give more queries, or eval.data",
+                found=f"{len(found)} queries" + (" and eval.share = 0" if none else ""),
+                fix="set eval.share above 0, or give eval.data" if none else "give more queries, or eval.data",
             )
     counts = {name: len(part) for name, (part, _) in splits.items()}
     hashes = fingerprint([(r.id for r in part) for part, _ in splits.values()])

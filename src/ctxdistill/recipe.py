@@ -24,6 +24,7 @@ from ctxdistill.errors import RecipeError, several
 from ctxdistill.trust import outside
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]  # of rows of which some are left
 AboveZero = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 AtLeastZero = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
@@ -370,7 +371,7 @@ class TrainSection(Section):
     take longer to start than to run. Left out by itself where it cannot be done: with dropout, with gradient
     checkpointing, for a cartridge or all weights, for models that are padded, in several processes, and for rows of very
     different lengths. Takes about the memory of a second step."""
-    validation: Fraction = 0.1
+    validation: Share = 0.1
     """Share of the queries held out to choose the best checkpoint and to stop early (0: train on all, keep the last)."""
     patience: NotNegative = 3
     """Stop after this many epochs without a better validation loss; 0 never stops early."""
@@ -391,7 +392,7 @@ class EvalSection(DataSection):
 
     split: str = "test"
     """Split of a hub data set."""
-    share: Fraction = 0.15
+    share: Share = 0.15
     """Without `data`: share of the queries that is held out."""
     metrics: list[str] = []
     """Any of `pass_at_1` (the answer is a program that passes the row's tests; needs `code.run`), `exact_match`, `format`,
