@@ -264,8 +264,9 @@ def test_what_does_not_fit_is_refused_before_anything_slow(job: Path, monkeypatc
         pipeline.distill(recipe(job, context__system="word " * 100), job / "run")
     raw = recipe(job)
     tiny.write_jsonl(job / "eval.jsonl", [{"prompt": "say " + "x" * 600, "answer": "X"}])
-    with pytest.raises(FitError, match="eval"):
+    with pytest.raises(FitError, match="eval") as caught:
         pipeline.distill(raw, job / "run")
+    assert "eval.jsonl:1" in caught.value.found and "shorten or remove that row" in caught.value.fix
 
 
 def test_overlap_and_duplicates_are_refused_or_dropped_and_counted(job: Path) -> None:

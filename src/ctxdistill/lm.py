@@ -761,5 +761,6 @@ def check_fit(lengths: Iterable[tuple[str, int]], window: int, what: str) -> Non
             expected=f"at most {window} tokens, answer included",
             found=f"{n} tokens ({where})",
             fix="use fewer demonstrations (context.demos_limit), documents in chunks (context.chunk_tokens), fewer "
-            "max_new_tokens, or a model with a larger window; nothing is cut in silence",
+            "max_new_tokens, or a model with a larger window; where the query itself is too long, shorten or remove that row; "
+            "nothing is cut in silence",
         )
