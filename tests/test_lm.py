@@ -16,7 +16,7 @@ from ctxdistill.decoding import Fixed
 from ctxdistill.errors import FitError, ModelError
 from ctxdistill.lm import LM, check_fit, common_prefix, linear_layers
 from ctxdistill.recipe import LoraSection, ModelSection
-from ctxdistill.weights import file_sha256, packaged_gguf
+from ctxdistill.weights import file_sha256, load_tokenizer, packaged_gguf
 
 CONTEXT = list(range(10, 50))
 ROWS = [(CONTEXT + list(range(s, s + n)), t) for s, n, t in ((60, 9, 3), (70, 14, 5), (80, 7, 6), (90, 20, 1))]
@@ -322,6 +322,23 @@ def test_the_hash_of_a_file_that_has_changed_is_another(tmp_path: Path, monkeypa
         path.write_bytes(content)
         os.utime(path, (time, time))
         assert [file_sha256(path), file_sha256(path)] == [hashlib.sha256(content).hexdigest()] * 2
+
+
+def test_a_folder_without_a_model_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    for load in (LM.load, load_tokenizer):
+        with pytest.raises(ModelError, match=r"no config\.json in it") as caught:
+            load(ModelSection(name=str(tmp_path)))
+        assert str(tmp_path) in caught.value.message and caught.value.found == "notes.txt"
+
+
+def test_a_packaged_file_of_the_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "such-model.Q4_1.gguf"
+    monkeypatch.setattr("ctxdistill.weights.packaged_gguf", lambda package: file)
+    for name, known in (("no/such-model", True), ("no/such-model-2", False), ("no/such", False)):
+        with pytest.raises(ModelError, match="cannot load the model") as caught:
+            load_tokenizer(ModelSection(name=name))
+        assert (f"model.name={file}" in caught.value.fix) is known
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:

