@@ -201,6 +201,14 @@ def test_show_needs_no_weights(job: Path, monkeypatch: pytest.MonkeyPatch) -> No
         pipeline.show(recipe(job), 24)
 
 
+@pytest.mark.parametrize("key", ["queries__data", "eval__data", "context__demos"])
+def test_missing_data_is_said_before_the_model_is_asked_for(job: Path, key: str) -> None:
+    r = recipe(job, model__name="no/such-model", **{key: "missing.jsonl"})
+    for command in (pipeline.show, pipeline.gate):
+        with pytest.raises(DataError, match=r"there is no file .*missing\.jsonl"):
+            command(r)
+
+
 def test_the_gate_stops_and_can_be_told_not_to(job: Path) -> None:
     with pytest.raises(GateError, match="nothing to teach"):
         pipeline.distill(recipe(job, gate={"min_kl": 100.0}), job / "run")

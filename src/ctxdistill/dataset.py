@@ -49,7 +49,7 @@ def prepare(
     """Read and check everything that can be wrong before anything slow begins: rows first, then the model, unless that is
     given. Queries that the model shall write, and that are not in `folder` (the run's) or where the recipe says, are
     written in between."""
-    prompter = Prompter(recipe, lm.tokenizer if lm else load_tokenizer(recipe.model, recipe.base_dir))
+    prompter = prompter_of(recipe, lm)
     if recipe.queries.synthesize and not synthesis.queries_file(recipe, folder).exists():
         lm = lm or LM.load(recipe.model, recipe.base_dir)
         synthesize(recipe, prompter, lm, synthesis.queries_file(recipe, folder), progress)
@@ -77,6 +77,12 @@ def prepare(
         lengths = ((pair.origin, needed(pair, split == "eval")) for pair in found)
         check_fit(lengths, lm.window, f"context, {split} query and answer")
     return lm, prompter, Data(splits, pairs, counts)
+
+
+def prompter_of(recipe: Recipe, lm: LM | None = None) -> Prompter:
+    """The recipe's prompter; its files are looked for before a tokenizer is, which may be far away."""
+    data.require_files(recipe)
+    return Prompter(recipe, lm.tokenizer if lm else load_tokenizer(recipe.model, recipe.base_dir))
 
 
 def given_rows(recipe: Recipe) -> tuple[Sequence[Row], Sequence[Row], dict[str, int]]:

@@ -29,7 +29,7 @@ from ctxdistill.behaviour import Check, base_targets, behaviour, unrelated
 from ctxdistill.cluster import label_spread
 from ctxdistill.compose import compose
 from ctxdistill.crosstalk import groups_of, matrix
-from ctxdistill.dataset import Data, claim, describe, prepare, read_rows, stored_recipe, synthesize
+from ctxdistill.dataset import Data, claim, describe, prepare, prompter_of, read_rows, stored_recipe, synthesize
 from ctxdistill.errors import DataError, GateError, ModelError, RecipeError
 from ctxdistill.lm import LM, common_prefix
 from ctxdistill.objective import Example
@@ -42,7 +42,7 @@ from ctxdistill.spool import Lazy
 from ctxdistill.store import TargetStore
 from ctxdistill.targets import Ask, Labelling, label
 from ctxdistill.train import State, train
-from ctxdistill.weights import PACKAGE, load_tokenizer, packaged_gguf, pick_device
+from ctxdistill.weights import PACKAGE, packaged_gguf, pick_device
 
 log = logging.getLogger("ctxdistill")
 
@@ -185,7 +185,7 @@ def queries(
         )
     file = Path(out) if out else synthesis.queries_file(recipe)
     synthesis.refuse_overwrite(file, force)
-    prompter = Prompter(recipe, load_tokenizer(recipe.model, recipe.base_dir))
+    prompter = prompter_of(recipe)
     lm = None if recipe.synthesis.endpoint else LM.load(recipe.model, recipe.base_dir)
     return synthesize(recipe, prompter, lm, file, progress or no_progress)
 
@@ -238,7 +238,7 @@ def show(recipe: Recipe, row: int = 0) -> dict[str, Any]:
     Returns: `id`, `split`, `teacher` and `student` (pieces of text with their kind), their numbers of tokens, and the `completion`'s
         tokens with their ids, where it is given.
     """
-    prompter = Prompter(recipe, load_tokenizer(recipe.model, recipe.base_dir))
+    prompter = prompter_of(recipe)
     splits = read_rows(recipe, prompter)[0]
     flat = [(split, r, section) for split, (found, section) in splits.items() for r in found]
     if not 0 <= row < len(flat):

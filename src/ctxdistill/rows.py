@@ -84,10 +84,8 @@ def read(
         name = section.data.removeprefix(HUB)
         source, records, total = readers.read_hub(name, section.config, section.split, most, what=what, fix=fix)
     else:
-        path = recipe.path(section.data)
-        written = what == "queries" and recipe.queries.synthesize
-        otherwise = "delete queries.data where the model writes all of them" if written else ""
-        source, reader = str(path), readers.reader_of(path, what, otherwise)
+        path, reader = _local(section.data, recipe, what)
+        source = str(path)
         records, total = reader(path, most, problems)
     records, total = after(records, section.skip), max(0, total - section.skip)
     if not records and not problems:
@@ -100,10 +98,31 @@ def read(
     problems += _check(records, _columns(section, recipe, what, answers), recipe.prompt.label_words)
     if problems:
         if not section.data.startswith(HUB):
-            readers.refuse_other_separator(path, what)
+            readers.refuse_other_separator(recipe.path(section.data), what)
         fix = readers.fix_of(problems, "mend these lines, or name other columns in the recipe")
         raise several(DataError, f"{what}: {source}", problems, fix=fix)
     return Rows(rows_of(records), total - len(records), source)
+
+
+def require_files(recipe: Recipe) -> None:
+    """Raises: `DataError` when a local file that the recipe names is not there, which can be said before anything is loaded."""
+    c = recipe.context
+    for what, name in (("queries", recipe.queries.data), ("eval", recipe.eval.data), ("context.demos", c.demos)):
+        if name and not name.startswith(HUB):
+            _local(name, recipe, what)
+    documents = [("context.documents", name) for name in c.documents]
+    for what, name in (("context.system_file", c.system_file), ("context.messages", c.messages), *documents):
+        if name:
+            readers.must_be_file(recipe.path(name), what)
+
+
+def _local(name: str, recipe: Recipe, what: str) -> tuple[Path, readers.Reader]:
+    """A data file that is there, and its reader."""
+    path = recipe.path(name)
+    written = what == "queries" and recipe.queries.synthesize
+    return path, readers.reader_of(
+        path, what, "delete queries.data where the model writes all of them" if written else ""
+    )
 
 
 def rows_of(records: Sequence[Record]) -> Sequence[Row]:
