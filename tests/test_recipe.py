@@ -109,6 +109,31 @@ def test_wrong_values_say_key_expected_and_found(tmp_path: Path, override: str, 
     assert "1 problem" in message
 
 
+def test_wrong_values_come_with_what_the_key_is(tmp_path: Path) -> None:
+    for override, about in (
+        ("train.lr='fast'", "Peak learning rate of AdamW"),
+        ("train.epochs=0", "Passes over the training queries."),
+        ("prompt.label_words=[1, 2]", "Label tasks: all possible answers."),
+        ("lora.targets=7", "Modules to adapt: all linear layers"),
+    ):
+        message = fails(tmp_path, MINIMAL, override)
+        assert about in message and "docs/" not in message, message
+    assert "ctxdistill init" in message
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_a_recipe_in_utf_16(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "job.toml"
+    path.write_bytes(MINIMAL.encode(encoding))
+    with pytest.raises(RecipeError, match="looks like UTF-16") as caught:
+        Recipe.load(path)
+    assert str(path) in caught.value.message and caught.value.fix == "save it as UTF-8"
+    path.write_bytes(MINIMAL.replace("Be", "B\xe9").encode("latin-1"))
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(path)
+    assert caught.value.fix == "save it as UTF-8"
+
+
 def test_all_problems_at_once(tmp_path: Path) -> None:
     text = '[model]\ndtype = "int8"\n[queries]\ndata = "q"\nprmpt = "x"\n[train]\nlr = "fast"\nepochs = 0\n'
     message = fails(tmp_path, text)

@@ -38,7 +38,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 def is_utf16(start: bytes) -> bool:
     """Whether a text that begins so looks like UTF-16: with its byte order mark, or a character in two bytes of which one is 0."""
-    return start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start[:2]
+    return start[:2] in (b"\xff\xfe", b"\xfe\xff") or start[:2].count(0) == 1
 
 
 def kind(path: Path) -> str:
@@ -62,7 +62,10 @@ def read(path: Path, most: int) -> bytes:
 
 def read_text(path: Path, most: int = MAX_JSON) -> str:
     """The text of a regular UTF-8 file. Raises: OSError, and ValueError for what is not UTF-8."""
-    return read(path, most).decode("utf-8-sig")
+    raw = read(path, most)
+    if is_utf16(raw):
+        raise ValueError("it looks like UTF-16")
+    return raw.decode("utf-8-sig")
 
 
 def parse_json(text: str, **options: Any) -> Any:

@@ -30,6 +30,9 @@ AtLeastZero = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 
+COMPARE = "`ctxdistill init` writes a recipe with comments, to compare with"
+"""What helps with any recipe."""
+
 
 def _no_path(name: str) -> str:
     if name in (".", "..") or "/" in name or "\\" in name:
@@ -511,7 +514,7 @@ class Recipe(Section):
                 RecipeError,
                 "recipe",
                 [line for e in error.errors() for line in problem_of(dict(e)).split("\n")],
-                fix="docs/recipe.md lists all keys; `ctxdistill init` writes a recipe with comments",
+                fix=COMPARE,
             ) from None
 
     def to_dict(self) -> dict[str, Any]:
@@ -820,13 +823,19 @@ def read_toml(path: str | Path, overrides: Sequence[str], *, start: str) -> dict
     if path.is_dir():
         raise RecipeError(f"{path} is a folder", expected="a recipe file (.toml)", fix="name the recipe itself")
     try:
-        raw = tomllib.loads(files.read_text(path, files.MAX_RECIPE))
+        text = files.read_text(path, files.MAX_RECIPE)
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}", expected="a TOML file", fix=start) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise RecipeError(f"cannot read {path}: {error}", expected="a readable UTF-8 text file") from None
+    except ValueError as error:
+        raise RecipeError(
+            f"cannot read {path}: {error}", expected="a UTF-8 text file", fix="save it as UTF-8"
+        ) from None
+    try:
+        raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number that is too long is a plain ValueError
-        raise RecipeError(f"{path} is not valid TOML: {error}", fix="strings need quotes; see docs/recipe.md") from None
+        raise RecipeError(f"{path} is not valid TOML: {error}", fix=f"strings need quotes; {COMPARE}") from None
     apply_overrides(raw, overrides)
     raw.setdefault("name", path.stem)
     return raw
@@ -872,6 +881,17 @@ def nearest(name: str, known: set[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
+def _about(path: Sequence[str | int], root: type[BaseModel]) -> str:
+    """The documentation of the key at `path`, or of the one that holds it; empty where there is none."""
+    about = ""
+    for name in path:
+        field = root.model_fields.get(str(name))
+        if field is None:
+            break
+        about, root = field.description or "", section_of([name], root)
+    return " ".join(about.split())
+
+
 def problem_of(error: dict[str, Any], root: type[BaseModel] | None = None) -> str:
     """One line for one of pydantic's errors about a `root` (a recipe)."""
     *parents, last = error["loc"] or ("",)
@@ -884,4 +904,6 @@ def problem_of(error: dict[str, Any], root: type[BaseModel] | None = None) -> st
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message
-    return f"{where}: {message[0].lower()}{message[1:]}, found {json.dumps(error['input'], default=str)[:80]}"
+    about = _about(error["loc"], root or Recipe)
+    found = json.dumps(error["input"], default=str)[:80]
+    return f"{where}: {message[0].lower()}{message[1:]}, found {found}{about and f'; what it is: {about}'}"
