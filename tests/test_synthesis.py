@@ -298,6 +298,24 @@ def test_the_command(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pipeline.queries(Recipe.from_dict(raw, base_dir=job))
 
 
+def test_it_is_said_where_the_queries_are_and_how_to_get_them(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(job)
+    with serve(about_focus) as (url, _):
+        tiny.write_recipe(job / "my garden.toml", bound(job, url).model_dump(exclude_unset=True, exclude_none=True))
+        assert cli.main(["show", "my garden.toml", "train.lr=1e-4"]) == 2
+        fix = capsys.readouterr().err.splitlines()[-1]
+        assert "ctxdistill queries 'my garden.toml' train.lr=1e-4 (or distill" in fix
+        assert cli.main(["gate", "my garden.toml"]) == 0
+        assert f"16 queries are written: {Path('runs/tiny/queries.jsonl')}" in capsys.readouterr().err
+        assert cli.main(["gate", "my garden.toml"]) == 0
+        assert "queries are written" not in capsys.readouterr().err
+    monkeypatch.chdir(job / "model")
+    with pytest.raises(DataError, match="ctxdistill queries RECIPE"):
+        pipeline.show(bound(job, url))
+
+
 @pytest.mark.parametrize("kind", ["system", "few-shot", "document"])
 def test_a_template_becomes_an_adapter_without_queries_of_ones_own(
     job: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -8,6 +8,7 @@ answer; the manifest's fingerprint covers all that the result depends on.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from ctxdistill.spool import Lazy, joined
 from ctxdistill.trust import need_code, outside
 from ctxdistill.weights import load_tokenizer
 
+log = logging.getLogger("ctxdistill")
 PARTS = ("system", "system_file", "documents", "chunk_tokens", "messages", "demos", "column", "teacher_prompt")
 """Keys of `context` that say that there is something of their kind."""
 
@@ -52,7 +54,8 @@ def prepare(
     prompter = prompter_of(recipe, lm)
     if recipe.queries.synthesize and not synthesis.queries_file(recipe, folder).exists():
         lm = lm or LM.load(recipe.model, recipe.base_dir)
-        synthesize(recipe, prompter, lm, synthesis.queries_file(recipe, folder), progress)
+        summary = synthesize(recipe, prompter, lm, synthesis.queries_file(recipe, folder), progress)
+        log.info("%s queries are written: %s", f"{summary['written']:,}", summary["file"])
     splits, counts = read_rows(recipe, prompter, folder)
     pairs = {split: prompter.pairs(found, section) for split, (found, section) in splits.items()}
     lm = lm or LM.load(recipe.model, recipe.base_dir)

@@ -156,7 +156,8 @@ def label_rows(
 
 
 def gate(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Is there anything to teach? Measures the zero-shot and in-context arms; trains nothing, keeps nothing.
+    """Is there anything to teach? Measures the zero-shot and in-context arms; trains nothing, keeps nothing but
+    queries that the model had to write first.
 
     Returns: `verdict` (`teach` or not) with its `reasons`, `kl` and `gain` (estimates, the latter in `metric`), `context_tokens`,
         `query_tokens`, `window`, `fits`, and as `estimate` what `plan` predicts.

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import json
 import re
+import shlex
 import string
 import tomllib
 from collections.abc import Sequence
@@ -492,6 +493,7 @@ class Recipe(Section):
     cost: CostSection = CostSection()
     base_dir: Path = Field(default=Path("."), exclude=True)
     # where relative paths start: the recipe's folder; not a key of the file
+    _typed: str = "RECIPE"
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -500,7 +502,9 @@ class Recipe(Section):
         Raises: `RecipeError` that lists every problem at once.
         """
         raw = read_toml(path, overrides, start="write one to start from with: ctxdistill init my-recipe.toml")
-        return cls.from_dict(raw, base_dir=Path(path).resolve().parent)
+        recipe = cls.from_dict(raw, base_dir=Path(path).resolve().parent)
+        recipe._typed = shlex.join([str(path), *overrides])
+        return recipe
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], base_dir: str | Path = ".") -> Recipe:
@@ -516,6 +520,11 @@ class Recipe(Section):
                 [line for e in error.errors() for line in problem_of(dict(e)).split("\n")],
                 fix=COMPARE,
             ) from None
+
+    @property
+    def typed(self) -> str:
+        """The recipe's file and overrides as a command line names them; `RECIPE` where it comes from no file."""
+        return self._typed
 
     def to_dict(self) -> dict[str, Any]:
         """All values, defaults included, as JSON can hold them."""

@@ -204,7 +204,7 @@ def read_written(recipe: Recipe, file: Path) -> Sequence[Row]:
         raise DataError(
             f"the queries are not written yet: there is no {file}",
             expected="the file that `ctxdistill queries` writes",
-            fix="ctxdistill queries RECIPE (or distill, which writes them first)",
+            fix=f"ctxdistill queries {recipe.typed} (or distill, which writes them first)",
         )
     section = recipe.queries.model_copy(update={"data": str(file.resolve()), "skip": 0, "limit": 0})
     return data.read(section, recipe, "queries").rows
