@@ -304,8 +304,9 @@ def test_a_damaged_adapter_is_called_so(finished: Path, tmp_path: Path) -> None:
 def test_a_run_without_an_adapter_has_nothing_to_export(finished: Path, tmp_path: Path) -> None:
     run = copied(finished, tmp_path)
     shutil.rmtree(run / "adapter")
-    with pytest.raises(RunError, match="no adapter yet"):
+    with pytest.raises(RunError, match="no adapter yet") as caught:
         exports.export(run, "peft")
+    assert f"--out {run} --resume" in caught.value.fix
 
 
 def test_a_model_that_llama_cpp_lacks_is_an_error_and_not_a_traceback(

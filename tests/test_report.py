@@ -620,7 +620,7 @@ def test_an_incomplete_run_is_an_error_that_helps(run: Path, name: str) -> None:
             write(run)
         assert caught.value.expected
         assert "metrics.jsonl" in caught.value.found
-        assert "--resume" in caught.value.fix
+        assert f"--out {run} --resume" in caught.value.fix
     assert not (run / "report.html").exists()
 
 

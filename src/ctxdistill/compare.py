@@ -86,7 +86,7 @@ def _load(letter: str, folder: str | Path) -> Data:
     recipe, evaluation = read_run(run)
     scores = [line for line in run.read_jsonl("scores.jsonl") if line["arm"] in ("zero_shot", "distilled")]
     if "distilled" not in evaluation["arms"] or not any(line["arm"] == "distilled" for line in scores):
-        raise RunError(f"{folder} has no distilled arm", fix="finish the run with `ctxdistill distill ... --resume`")
+        raise RunError(f"{folder} has no distilled arm", fix=run.finish)
     model, context = recipe["model"], recipe.get("context") or {}
     found = verdict(evaluation)
     return {

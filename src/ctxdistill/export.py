@@ -209,7 +209,7 @@ def export(
     folder.refuse_links()
     final = Path(out).resolve() if out else folder / "export" / format
     if not (folder / "adapter" / "adapter_model.safetensors").is_file():
-        raise RunError(f"{folder.path} has no adapter yet", fix="finish the run with --resume")
+        raise RunError(f"{folder.path} has no adapter yet", fix=folder.finish)
     if final.exists() and not (final / MANIFEST).is_file() and (not final.is_dir() or any(final.iterdir())):
         raise RunError(f"{final} holds something else than an export", fix="choose another folder with --out")
     if Path.cwd().is_relative_to(final):  # it would be gone under whoever stands in it

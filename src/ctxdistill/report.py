@@ -144,7 +144,6 @@ def _measured(evaluation: Data) -> list[Data]:
 def read_run(folder: RunDir) -> tuple[Data, Data]:
     """recipe.json and evaluation.json. Raises `RunError` when one is missing, damaged or half filled."""
     needed = {"recipe.json": ("recipe", "model"), "evaluation.json": ("arms", "table")}
-    fix = "finish the run with `ctxdistill distill RECIPE --out DIR --resume`"
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         there = sorted(p.name for p in folder.path.iterdir() if p.name[0] != ".") if folder.path.is_dir() else None
@@ -152,7 +151,7 @@ def read_run(folder: RunDir) -> tuple[Data, Data]:
             f"{folder.path} is not a finished run: {' and '.join(missing)} missing",
             expected="a run folder with " + " and ".join(needed),
             found="no such folder" if there is None else ", ".join(there[:12]) or "an empty folder",
-            fix=fix,
+            fix=folder.finish,
         )
     contents = []
     for name, keys in needed.items():
@@ -161,7 +160,7 @@ def read_run(folder: RunDir) -> tuple[Data, Data]:
         if absent:
             found = ", ".join(content) if isinstance(content, dict) and content else type(content).__name__
             raise RunError(
-                f"{folder / name} is incomplete", expected=f"the keys {', '.join(keys)}", found=found, fix=fix
+                f"{folder / name} is incomplete", expected=f"the keys {', '.join(keys)}", found=found, fix=folder.finish
             )
         contents.append(content)
     return contents[0], contents[1]

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -120,6 +121,11 @@ class RunDir:
                 what = "is a file, and no run folder" if run.path.exists() else "does not exist"
             raise RunError(f"{path} {what}", expected="a folder written by `ctxdistill distill` or `ctxdistill demo`")
         return run
+
+    @property
+    def finish(self) -> str:
+        """How to finish the run."""
+        return f"finish the run with `ctxdistill distill RECIPE --out {shlex.quote(str(self.path))} --resume`"
 
     def claim(self, identity: str, *, resume: bool, differs: Callable[[Any], str] = str) -> None:
         """Make the folder this process's, for the recipe with this fingerprint. `differs` says how the manifest of another
@@ -227,9 +233,7 @@ class RunDir:
         try:
             return files.read_json(self / name)
         except FileNotFoundError:
-            raise RunError(
-                f"{self / name} is missing", fix="finish the run with `ctxdistill distill ... --resume`"
-            ) from None
+            raise RunError(f"{self / name} is missing", fix=self.finish) from None
         except (OSError, ValueError) as error:
             raise RunError(f"{self / name} is damaged: {error}", fix="delete the run folder and start again") from None
 
