@@ -130,6 +130,12 @@ def test_evaluating_again_gives_the_same_numbers(run: pipeline.Run) -> None:
         assert old["kl"] == pytest.approx(new["kl"], abs=1e-6)
 
 
+def test_what_loading_takes_is_no_stages_time(run: pipeline.Run) -> None:
+    told: list[tuple[str, int, int]] = []
+    pipeline.evaluate(run.path, progress=lambda *call: told.append(call))
+    assert told[0] == ("loading", 1, 1) and [stage for stage, _, _ in told].count("loading") == 1
+
+
 def test_evaluating_other_rows_is_refused(job: Path) -> None:
     made = pipeline.distill(recipe(job), job / "run")
     tiny.write_jsonl(job / "eval.jsonl", [{"prompt": "please say elk", "answer": "ELK"}])

@@ -31,7 +31,7 @@ from ctxdistill.gguf_export import write_model
 from ctxdistill.lm import LM
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import Recipe
-from ctxdistill.rundir import Progress, RunDir, no_progress, reading
+from ctxdistill.rundir import LOADING, Progress, RunDir, no_progress, reading
 from ctxdistill.runtimes import Answer, Endpoint, Request, Runtime, Transformers, llama_server
 
 ROWS = 16
@@ -103,6 +103,7 @@ def check(
     longest = max(len(prompter.pair(row, section).student) for row in chosen)
     room = longest + recipe.eval.max_new_tokens + 64
     with _runtime(folder, manifest, recipe, lm, prompter, endpoint, model, base, room) as stack:
+        progress(LOADING, 1, 1)
         for number, row in enumerate(chosen, 1):
             pair = prompter.pair(row, section)
             request = (

@@ -25,7 +25,7 @@ from ctxdistill.evaluate import teacher_limit, teacher_targets
 from ctxdistill.lm import LM, check_fit
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
-from ctxdistill.rundir import Progress, RunDir, no_progress, reading, write_atomic, writing
+from ctxdistill.rundir import LOADING, Progress, RunDir, no_progress, reading, write_atomic, writing
 from ctxdistill.store import TargetStore
 from ctxdistill.weights import quiet_peft
 
@@ -62,6 +62,8 @@ def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Prog
     lengths = ((pair.origin, len(pair.teacher) + teacher_limit(recipes[0])) for pair in everyone)
     check_fit(lengths, lm.window, "the context of one run with a query of another, and answer")
     load(lm, folders, names, list(runs.values()))
+    progress = progress or no_progress
+    progress(LOADING, 1, 1)
     stores = [TargetStore.of(recipe, folder.path) for recipe, folder in zip(recipes, folders, strict=True)]
     checks = [Check(r, lm, p, s) for r, p, s in zip(recipes, prompters, stores, strict=True)]
     held_out = [data.pairs["eval"][:ROWS] for data in rows]
@@ -74,11 +76,11 @@ def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Prog
         for other in names:
             lm.peft.set_adapter(other)
             alone[name][other] = check.closed(check.scores(pairs, targets), base)
-        progress and progress("adapters alone", len(alone), len(names))
+        progress("adapters alone", len(alone), len(names))
     lm.peft.set_adapter("composed")
     with tempfile.TemporaryDirectory() as place:  # what one context's teacher says of another's rows belongs to no run
         check = Check(recipes[0], lm, prompters[0], TargetStore(Path(place)))
-        found = matrix(check, groups, progress or no_progress)
+        found = matrix(check, groups, progress)
     rank = sum(recipe.lora.rank for recipe in recipes)
     found |= {"weights": dict(zip(names, runs.values(), strict=True)), "rank": rank, "alone": alone}
     save(lm, Path(out), found, [folder.path for folder in folders])

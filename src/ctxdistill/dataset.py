@@ -25,7 +25,7 @@ from ctxdistill.lm import LM, check_fit
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import DataSection, Recipe
 from ctxdistill.rows import Row, Rows
-from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress, reading
+from ctxdistill.rundir import LOADING, Progress, RunDir, fingerprint, no_progress, reading
 from ctxdistill.spool import Lazy, joined
 from ctxdistill.trust import need_code, outside
 from ctxdistill.weights import load_tokenizer
@@ -79,6 +79,7 @@ def prepare(
     for split, found in pairs.items():
         lengths = ((pair.origin, needed(pair, split == "eval")) for pair in found)
         check_fit(lengths, lm.window, f"context, {split} query and answer")
+    progress(LOADING, 1, 1)
     return lm, prompter, Data(splits, pairs, counts)
 
 
@@ -112,6 +113,7 @@ def synthesize(
     known = [prompter.query_text(row, recipe.queries) for row in queries]
     known += [prompter.query_text(row, recipe.eval) for row in held]
     known += [prompter.query_text(row, prompter.demo_section) for row in prompter.context.demos]
+    progress(LOADING, 1, 1)
     return synthesis.write_queries(recipe, prompter, lm, file, known, progress)
 
 

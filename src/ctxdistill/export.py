@@ -29,7 +29,7 @@ from ctxdistill.lm import LM
 from ctxdistill.prompts import Pair, Prompter, join
 from ctxdistill.recipe import Recipe
 from ctxdistill.report import VLLM_RANKS, slug, write_card
-from ctxdistill.rundir import Progress, RunDir, no_progress, write_atomic, writing
+from ctxdistill.rundir import LOADING, Progress, RunDir, no_progress, write_atomic, writing
 from ctxdistill.weights import load_tokenizer, loading, locate
 
 ROWS = 8
@@ -311,6 +311,7 @@ def merge(job: Job, dtype: torch.dtype) -> Any:
     lm.load_adapter(job.run / "adapter")
     scale(lm.peft, job.strength)
     pairs = held_out_pairs(job.run, job.recipe, job.prompter, ROWS)
+    job.progress(LOADING, 1, 1)
     rows, before = [], []
     with torch.no_grad():
         for number, pair in enumerate(pairs, 1):

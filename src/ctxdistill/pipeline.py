@@ -208,13 +208,14 @@ def evaluate(run: str | Path, *, progress: Progress | None = None) -> dict[str, 
     recipe = stored_recipe(folder)
     with reading(folder.path):
         spent_before = dict(old["cost"]["seconds"]), int(old["cost"]["training_tokens"])
-    lm, prompter, rows = prepare(recipe, folder.path)
+    progress = progress or no_progress
+    lm, prompter, rows = prepare(recipe, folder.path, progress)
     # the same model, context and rows as then, or the tables would mix two things
     claim(folder, describe(recipe, lm, prompter, rows), resume=True)
     try:
         lm.load_adapter(folder / "adapter")
         store = TargetStore.of(recipe, folder.path)
-        result = measure(recipe, lm, prompter, rows, store, folder, list(evaluation.ARMS), progress or no_progress)
+        result = measure(recipe, lm, prompter, rows, store, folder, list(evaluation.ARMS), progress)
         result |= {key: old[key] for key in ("gate", "training", "notes", "completions") if key in old}
         ask = engines.labeller(recipe, lm, prompter, folder)
         made = make_examples(recipe, lm, prompter, rows.pairs["train"], store, no_progress, ask=ask)  # from the store

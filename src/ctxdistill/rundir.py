@@ -30,6 +30,8 @@ FULL = re.compile(r"\(os error 28\)|requested and \d+ written")
 """What safetensors and numpy say of a full disk, with no number to tell it by."""
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while something long goes on."""
+LOADING = "loading"
+"""The stage that ends when libraries, rows and model are in memory: what that takes is no other stage's time."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
