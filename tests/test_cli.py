@@ -101,9 +101,15 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.SimpleNam
     ) -> Iterator[tuple[str, str]]:
         yield from [("zero_shot", "Sorry, "), ("zero_shot", HOSTILE), ("in_context", "yes")]
 
+    def judge(recipe: Any, *, judged: Callable[[Any], None], progress: Callable[[str, int, int], None]) -> Any:
+        work(progress=progress)
+        judged(GATE)
+        progress("plan: label", 1, 1)
+        return GATE | {"estimate": PLAN}
+
     stub = types.SimpleNamespace(
         calls=[], demo=work, distill=work, show=lambda recipe, row: ROW, try_text=pieces,
-        gate=lambda recipe, progress: (work(progress=progress), GATE)[1], plan=lambda recipe: PLAN,
+        gate=judge, plan=lambda recipe, progress: (work(progress=progress), PLAN)[1],
         evaluate=lambda run, progress: (work(progress=progress), EVALUATION)[1],
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "ctxdistill.pipeline", stub)  # type: ignore[arg-type]
@@ -144,6 +150,25 @@ def test_json_is_one_object_and_nothing_else(
         assert "a library that prints" in captured.err
 
 
+def test_the_verdict_is_printed_before_the_estimate(pipeline: types.SimpleNamespace, tmp_path: Path) -> None:
+    """On a terminal, where bars are drawn."""
+    code = (
+        "import ctxdistill, sys, types; from ctxdistill import cli\n"
+        "def gate(recipe, *, judged, progress):\n"
+        "    progress('evaluate in-context', 8, 8)\n"
+        f"    judged({GATE!r})\n"
+        "    progress('plan: label', 1, 1)\n"
+        f"    return {GATE!r} | {{'estimate': {PLAN!r}}}\n"
+        "ctxdistill.pipeline = sys.modules['ctxdistill.pipeline'] = types.SimpleNamespace(gate=gate)\n"
+        "sys.modules['ctxdistill.lm'] = None\n"
+        "cli.main(['gate', 'my.toml'])\n"
+    )
+    shown = in_terminal(code, 100, tmp_path)
+    places = [shown.rindex(text) for text in ("evaluate in-context", "gate: ", "plan: label", "estimated: 100 s")]
+    assert places == sorted(places)
+    assert shown.count("estimated: ") == shown.count("gate: ") == 1
+
+
 def test_a_plan_is_told_stage_by_stage(pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "my.toml"]) == 0
     lines = [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()]
@@ -173,7 +198,7 @@ def test_a_context_that_adds_no_token_and_requests_that_are_no_quicker(
 def test_a_plan_says_which_type_would_be_faster(
     dtype: str, gain: float, times: float, pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline.plan = lambda recipe: {**PLAN, "dtype": dtype, "bfloat16": gain}
+    pipeline.plan = lambda recipe, progress: {**PLAN, "dtype": dtype, "bfloat16": gain}
     assert cli.main(["plan", "my.toml"]) == 0
     (other,) = {"float32", "bfloat16"} - {dtype}
     hint = f"this processor multiplies in {other} {times} times as fast as in {dtype}; "
@@ -187,7 +212,7 @@ def test_a_plan_says_which_type_would_be_faster(
 def test_a_plan_does_not_speak_of_what_would_not_pay(
     dtype: str, gain: float | None, pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline.plan = lambda recipe: {**PLAN, "dtype": dtype, "bfloat16": gain}
+    pipeline.plan = lambda recipe, progress: {**PLAN, "dtype": dtype, "bfloat16": gain}
     assert cli.main(["plan", "my.toml"]) == 0
     assert "multiplies" not in capfd.readouterr().out
 

@@ -150,3 +150,20 @@ def test_plan_and_gate_say_the_same_things(job: Path) -> None:
     verdict = pipeline.gate(recipe(job, gate={"min_kl": 0.0, "min_gain": -1.0}))
     assert set(verdict["estimate"]) < set(found)
     assert verdict["estimate"]["disk_mb"] == pytest.approx(found["disk_mb"], rel=0.2)
+
+
+def test_what_is_tried_is_said_before_and_after(job: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    pipeline.plan(recipe(job), progress=lambda *call: told.append(call))
+    assert told.pop(0) == ("loading", 1, 1)
+    tries = list(dict.fromkeys(stage for stage, _, _ in told))
+    assert told == [(stage, done, 1) for stage in tries for done in (0, 1)]
+    assert len(tries) == 5 and all(stage.startswith("plan: ") for stage in tries)
+
+
+def test_the_gate_gives_its_verdict_before_the_estimate(job: Path) -> None:
+    told: list[str | dict[str, Any]] = []
+    found = pipeline.gate(recipe(job), judged=told.append, progress=lambda stage, *_: told.append(stage))
+    (place,) = (n for n, what in enumerate(told) if isinstance(what, dict))
+    assert told[place] == {key: value for key, value in found.items() if key != "estimate"}
+    assert told[place - 1] == "evaluate in-context" and str(told[place + 1]).startswith("plan: ")

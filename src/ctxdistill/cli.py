@@ -203,8 +203,13 @@ def gate(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = Fa
     with _work(as_json) as watcher:
         from ctxdistill import display, pipeline
 
-        found = pipeline.gate(loaded, progress=watcher)
-    _json(found) if as_json else display.gate(display.console(), found)
+        def judged(found: dict[str, Any]) -> None:
+            if not as_json:
+                watcher.close()
+                display.gate(display.console(), found)
+
+        found = pipeline.gate(loaded, judged=judged, progress=watcher)
+    _json(found) if as_json else display.estimate(display.console(), found["estimate"])
 
 
 @app.command()
@@ -218,10 +223,10 @@ def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: Json = Fa
     from ctxdistill.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or ())
-    with _work(as_json):
+    with _work(as_json) as watcher:
         from ctxdistill import display, pipeline
 
-        found = pipeline.plan(loaded)
+        found = pipeline.plan(loaded, progress=watcher)
     _json(found) if as_json else display.plan(display.console(), found)
 
 

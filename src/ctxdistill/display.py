@@ -125,11 +125,14 @@ class Watcher:
         self.close()
 
     def close(self) -> None:
-        """Leave the terminal to others. May be called twice."""
+        """Leave the terminal to others, until the next call. May be called twice."""
         self._line()
         if self._bar:
             self._forget_first()
             self._bar.stop()
+            for task in self._bar.task_ids:  # what is drawn stays; it is not to be drawn again below
+                self._bar.remove_task(task)
+            self._tasks.clear()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self.stopped:
@@ -139,6 +142,7 @@ class Watcher:
         self._done[name] = done
         if self._bar:
             self._forget_first()
+            self._bar.start()
             if again or name not in self._tasks:
                 self._tasks[name] = self._bar.add_task(stage, total=total)
             self._bar.update(self._tasks[name], description=visible(stage), completed=done, total=total)
@@ -197,21 +201,24 @@ def error_dict(found: CtxDistillError) -> dict[str, Any]:
 
 
 def gate(out: Console, found: Mapping[str, Any]) -> None:
-    """The gate's verdict, its reasons and what the rest would take."""
+    """The gate's verdict and its reasons."""
     style = "bold green" if found["verdict"] == "teach" else "bold yellow"
     out.print(Text.assemble("gate: ", (found["verdict"], style)))
     for reason in found.get("reasons") or []:
         _item(out, reason)
-    query, expected = found.get("query_tokens") or {}, found.get("estimate") or {}
-    if query:
+    if query := found.get("query_tokens"):
         longest = f"a query {query['mean']:.0f} (longest {query['max']:,})"
         window = f"{found['window']:,} tokens" if found.get("window") else "not known"
         context = f"the context takes {found['context_tokens']:,} tokens"
         if found["context_tokens"] <= 0:
             context = f"with the context in it the prompt is {shorter(-found['context_tokens'])}"
         _item(out, f"{context}, {longest}; the model's window: {window}")
-    if expected:
-        _item(out, _expected(expected))
+
+
+def estimate(out: Console, found: Mapping[str, Any]) -> None:
+    """What the rest would take, below the gate's verdict."""
+    for text in (_expected(found), *found["notes"]):
+        _item(out, text)
 
 
 def plan(out: Console, found: Mapping[str, Any]) -> None:

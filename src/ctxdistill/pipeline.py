@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,16 +155,25 @@ def label_rows(
         run.release()
 
 
-def gate(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
+def gate(
+    recipe: Recipe, *, judged: Callable[[dict[str, Any]], None] | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
     """Is there anything to teach? Measures the zero-shot and in-context arms; trains nothing, keeps nothing but
     queries that the model had to write first.
+
+    Args:
+        judged: called with all but the estimate, as soon as it is known.
 
     Returns: `verdict` (`teach` or not) with its `reasons`, `kl` and `gain` (estimates, the latter in `metric`), `context_tokens`,
         `query_tokens`, `window`, `fits`, and as `estimate` what `plan` predicts.
     """
-    lm, prompter, rows = prepare(recipe, None, progress or no_progress)
-    verdict = run_gate(recipe, lm, prompter, rows, None, None, progress or no_progress)
-    return verdict | {"estimate": planning.predict(recipe, lm, rows, planning.measure(recipe, lm, prompter, rows))}
+    progress = progress or no_progress
+    lm, prompter, rows = prepare(recipe, None, progress)
+    verdict = run_gate(recipe, lm, prompter, rows, None, None, progress)
+    if judged:
+        judged(verdict)
+    speeds = planning.measure(recipe, lm, prompter, rows, progress)
+    return verdict | {"estimate": planning.predict(recipe, lm, rows, speeds)}
 
 
 def queries(
@@ -191,11 +200,12 @@ def queries(
     return synthesize(recipe, prompter, lm, file, progress or no_progress)
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
+def plan(recipe: Recipe, *, progress: Progress | None = None) -> dict[str, Any]:
     """What a run would take: `seconds` (by `stages`), `memory_mb`, `disk_mb`, `cost`, `notes`, from each stage tried on a few rows;
     `bfloat16`: how many times as fast a CPU multiplies in that as in float32, for a model (`dtype`) in one of them."""
-    lm, prompter, rows = prepare(recipe)
-    found = planning.predict(recipe, lm, rows, planning.measure(recipe, lm, prompter, rows))
+    progress = progress or no_progress
+    lm, prompter, rows = prepare(recipe, None, progress)
+    found = planning.predict(recipe, lm, rows, planning.measure(recipe, lm, prompter, rows, progress))
     counts = {split: len(pairs) for split, pairs in rows.pairs.items()}
     about = {"model": lm.info["name"], "device": lm.info["device"], "dtype": lm.info["dtype"], "rows": counts}
     return found | about | {"bfloat16": planning.gain_of_bfloat16(lm)}

@@ -29,6 +29,7 @@ from ctxdistill.products import linear
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe, TargetsSection
 from ctxdistill.replay import Replay
+from ctxdistill.rundir import Progress, no_progress
 from ctxdistill.store import Target, TargetStore
 from ctxdistill.targets import label
 from ctxdistill.train import Part, Step, attempt, recordings, saved, saving
@@ -62,8 +63,15 @@ class Speeds:
     """How often the device's memory did not hold a training step (`train.saving`)."""
 
 
-def measure(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> Speeds:
-    """Try each stage on a batch of rows."""
+def measure(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data, progress: Progress = no_progress) -> Speeds:
+    """Try each stage on a batch of rows; each try is a stage of `progress`."""
+
+    def tried(what: str, work: Any) -> tuple[Any, float]:
+        progress(f"plan: {what}", 0, 1)
+        found = clocked(work)
+        progress(f"plan: {what}", 1, 1)
+        return found
+
     first, more = rows.pairs["train"][0], recipe.completions.max_new_tokens
     shared = max(0, len(first.teacher) - len(first.student))  # about
     size = lm.rows_at_once(recipe.targets.batch_size, len(first.teacher) + more, shared)
@@ -71,17 +79,19 @@ def measure(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> Speeds:
     with tempfile.TemporaryDirectory() as folder, Peak(lm.device) as peak:
         with torch.no_grad(), lm.adapter(False):
             lm.head(torch.cat(lm.hidden([((*p.student, 0), 1) for p in pairs])))  # warm up
-            _, context = clocked(lambda: lm.prefix([p.teacher for p in pairs]))
-        made, answers = clocked(lambda: label(lm, prompter, pairs, recipe, TargetStore(Path(folder) / "a")))
+            _, context = tried("read the context", lambda: lm.prefix([p.teacher for p in pairs]))
+        made, answers = tried("label", lambda: label(lm, prompter, pairs, recipe, TargetStore(Path(folder) / "a")))
         given = teacher_targets(lm, prompter, evaluated, recipe, TargetStore(Path(folder) / "b"))
-        _, scored = clocked(lambda: score_arm("zero_shot", lm, prompter, evaluated, given, recipe))
+        _, scored = tried("evaluate", lambda: score_arm("zero_shot", lm, prompter, evaluated, given, recipe))
         limit = recipe.eval.max_new_tokens
         lm.generate([evaluated[0].student], max_new_tokens=2, ends=lambda _: False, record=False)  # warm up
-        _, request = clocked(
-            lambda: lm.generate([evaluated[0].student], max_new_tokens=limit, ends=prompter.ends, record=False)
+        _, request = tried(
+            "one request",
+            lambda: lm.generate([evaluated[0].student], max_new_tokens=limit, ends=prompter.ends, record=False),
         )
         targets = [target for found in made for target in found]
-        train, forward, savings = step(recipe, lm, longest(recipe, rows.pairs["train"], targets))
+        batch = longest(recipe, rows.pairs["train"], targets)
+        (train, forward, savings), _ = tried("train", lambda: step(recipe, lm, batch))
     count = len(targets)
     return Speeds(
         context=context,
