@@ -143,9 +143,28 @@ def test_evaluating_other_rows_is_refused(job: Path) -> None:
         pipeline.evaluate(made.path)
 
 
-def test_a_finished_run_costs_the_same_when_it_is_resumed(job: Path) -> None:
+def test_resume_says_at_once_that_there_is_nothing(
+    job: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def loads(*_: Any) -> None:
+        raise ModelError("something slow")
+
+    monkeypatch.setattr(pipeline, "prepare", loads)
+    for resume in (True, False):
+        with pytest.raises(ModelError):
+            pipeline.distill(recipe(job), job / "nope", resume=resume)
+    with pytest.raises(ModelError):
+        pipeline.demo(job / "demo")  # which goes on with what may be there
+    assert caplog.messages == [f"nothing to resume in {job / 'nope'}: starting from the beginning"]
+
+
+def test_a_finished_run_costs_the_same_when_it_is_resumed(job: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "ctxdistill")
     first = pipeline.distill(recipe(job), job / "run")
+    assert "going on" not in caplog.text
     again = pipeline.distill(recipe(job), job / "run", resume=True)
+    found = "the gate's scores, targets, a checkpoint of step 8, the adapter"
+    assert f"going on in {job / 'run'}, where there are: {found}" in caplog.messages
     assert again.evaluation["cost"]["seconds"] == first.evaluation["cost"]["seconds"]
 
 

@@ -77,6 +77,9 @@ def distill(
 ) -> Run:
     """Internalise the recipe's context into an adapter in the run folder `out` (default `runs/<recipe name>`).
 
+    Args:
+        resume: go on with what is there; the logger `ctxdistill` says what that is, or that there is nothing.
+
     Raises: `GateError` when there is nothing to teach (unless `gate.on_fail = "warn"`), and any other `CtxDistillError`.
     """
     progress = progress or no_progress
@@ -85,10 +88,15 @@ def distill(
     run = RunDir(out or Path("runs") / (recipe.name or "run"))
     if processes.leads() and (run.path.exists() or recipe.queries.synthesize):
         run.lock()  # who has it is said before anything is loaded, or written there
+    begun = processes.leads() and run.path.is_dir() and any(path.name != ".lock" for path in run.path.iterdir())
+    if resume and not begun and processes.leads():
+        log.warning("nothing to resume in %s: starting from the beginning", run.path)
     try:
         lm, prompter, rows = processes.first(lambda: prepare(recipe, run.path, progress))
         manifest = describe(recipe, lm, prompter, rows)
         processes.first(lambda: take(run, manifest, resume))
+        if resume and begun and processes.leads():
+            log.info("going on in %s, where there are: %s", run.path, ", ".join(left(run)))
         log.info("loss: %s = %s", recipe.train.loss, losses.LOSSES[recipe.train.loss].formula)
         taught = processes.first(lambda: teach(recipe, lm, prompter, rows, run, progress))
         lm.add_adapter(recipe.lora, recipe.train.seed, common_prefix(p.teacher for p in rows.pairs["train"]))
@@ -298,8 +306,8 @@ def demo(out: str | Path | None = None, *, small: bool = False, progress: Progre
     if small:
         overrides += ["queries.limit=64", "eval.limit=24", "eval.latency_rows=2"]
     recipe = Recipe.load(Path(__file__).parent / "demo" / "recipe.toml", overrides)
-    folder = Path("runs") / ("demo-small" if small else "demo")
-    return distill(recipe, out or folder, resume=True, progress=progress)
+    folder = Path(out or Path("runs") / ("demo-small" if small else "demo"))
+    return distill(recipe, folder, resume=(folder / "recipe.json").exists(), progress=progress)
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
@@ -324,6 +332,15 @@ def take(run: RunDir, manifest: dict[str, Any], resume: bool) -> None:
         run.write_json("recipe.json", manifest)
     else:
         run.join(manifest["fingerprint"])
+
+
+def left(run: RunDir) -> list[str]:
+    """What an earlier attempt has left in the run folder, for people."""
+    names = {"queries.jsonl": "written queries", "gate.json": "the gate's scores", "targets": "targets"}
+    found = [what for name, what in names.items() if (run / name).exists()]
+    if steps := sorted(run.path.glob("checkpoints/step-*.safetensors")):
+        found.append(f"a checkpoint of step {int(steps[-1].stem.removeprefix('step-'))}")
+    return [*found, *(["the adapter"] if (run / "adapter").exists() else [])] or ["only the recipe"]
 
 
 def teach(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data, run: RunDir, progress: Progress) -> Taught:
