@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -461,6 +462,22 @@ def test_answers_come_under_headers(pipeline: types.SimpleNamespace, capfd: pyte
     assert [line.split(" ─")[0] for line in lines if "─" in line] == ["zero-shot", "in-context", "distilled"]
     assert lines[1].startswith("Sorry, [red]x")
     assert lines[-1] == "(an empty answer)"
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"), [(b"two\nlines\n", "two\nlines"), (b"caf\xc3\xa9", "caf\u00e9"), (b"caf\xe9", None)]
+)
+def test_a_dash_is_the_text_on_standard_input(
+    given: bytes, asked: str | None, pipeline: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    capfd.readouterr()
+    assert cli.main(["try", "run", "-", "--json"]) == (2 if asked is None else 0)
+    found = json.loads(capfd.readouterr().out)
+    assert found.get("query") == asked
+    if asked is None:
+        assert "UTF-8" in found["error"]["expected"]
 
 
 def test_progress_lines_when_nobody_watches(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -208,6 +208,11 @@ def test_try_streams_each_arm(run: pipeline.Run) -> None:
     assert said.strip() == tokenizer.decode(whole, skip_special_tokens=True).strip()
 
 
+def test_try_refuses_an_empty_text(run: pipeline.Run) -> None:
+    with pytest.raises(RunError, match="the text is empty"):
+        next(pipeline.try_text(run.path, " \n"))
+
+
 def test_who_stops_reading_stops_the_writing(run: pipeline.Run) -> None:
     pieces = pipeline.try_text(run.path, "say emu", max_new_tokens=400)
     next(pieces)

@@ -334,7 +334,9 @@ def evaluate(run: RunArgument, as_json: Json = False) -> None:
 @app.command("try")
 def try_(
     run: RunArgument,
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="A query.", show_default=False)],
+    text: Annotated[
+        str, typer.Argument(metavar="TEXT", help="A query; - reads it from standard input.", show_default=False)
+    ],
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer. Unset: as in the recipe.", min=1, show_default=False)
     ] = None,
@@ -346,6 +348,8 @@ def try_(
     Example: ctxdistill try runs/demo "remind me to water the plants on friday at noon"
     """
     RunDir.existing(run)
+    if text == "-":
+        text = _standard_input()
     with _work(as_json, first="loading the model") as watcher:
         from ctxdistill import display, pipeline
 
@@ -701,6 +705,14 @@ def _finish(path: Path, evaluation: dict[str, Any], as_json: bool) -> None:
         from ctxdistill import display
 
         display.results(display.console(), path, evaluation, RunDir(path).read_jsonl("scores.jsonl"))
+
+
+def _standard_input() -> str:
+    """The text on standard input, without the end of its last line."""
+    try:
+        return sys.stdin.buffer.read().decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise RunError("cannot read the text on standard input", expected="UTF-8", found=str(error)) from None
 
 
 def _stored_row(source: Path, row: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ctxdistill.cluster import label_spread
 from ctxdistill.compose import compose
 from ctxdistill.crosstalk import groups_of, matrix
 from ctxdistill.dataset import Data, claim, describe, prepare, prompter_of, read_rows, stored_recipe, synthesize
-from ctxdistill.errors import DataError, GateError, ModelError, RecipeError
+from ctxdistill.errors import DataError, GateError, ModelError, RecipeError, RunError
 from ctxdistill.lm import LM, common_prefix
 from ctxdistill.objective import Example
 from ctxdistill.policy import Rounds
@@ -291,6 +291,8 @@ def try_text(
     run: str | Path, text: str, *, max_new_tokens: int | None = None, strength: float = 1.0
 ) -> Generator[tuple[str, str], None, None]:
     """Answer `text` as base model, as teacher with the context, and as student: (arm, piece of text) as it is written."""
+    if not text.strip():
+        raise RunError("the text is empty", expected="a query")
     with contextlib.closing(Session.load(run).answer(text, strength=strength, max_new_tokens=max_new_tokens)) as said:
         for part in said:
             if isinstance(part, Piece):
