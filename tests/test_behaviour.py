@@ -109,18 +109,26 @@ def test_numbers_equal_the_slow_way(ready: Ready, tmp_path: Path) -> None:
     assert points[1.0]["kl_closed"]["mean"] == pytest.approx(1 - full / none, rel=1e-3)
 
 
-@pytest.mark.parametrize(("unrelated", "rows", "told"), [(4, 0, [(1, 1)]), (0, 2, [(1, 3), (2, 3), (3, 3)])])
-def test_progress_ends_with_the_last_check(
-    ready: Ready, tmp_path: Path, unrelated: int, rows: int, told: list[tuple[int, int]]
+@pytest.mark.parametrize(
+    ("unrelated", "rows", "written", "scored"),
+    [
+        (6, 0, [4, 6], [(4, 6), (6, 6)]),  # four rows at once
+        (0, 2, [2], [(n, 10) for n in (2, 4, 6, 8, 10)]),  # base, strength 1, again, alone, other
+    ],
+)
+def test_progress_counts_rows_to_the_last_one(
+    ready: Ready, tmp_path: Path, unrelated: int, rows: int, written: list[int], scored: list[tuple[int, int]]
 ) -> None:
     recipe, lm, prompter, data = ready
     some = recipe.behaviour.model_copy(update={"unrelated": unrelated, "rows": rows, "strengths": [1.0]})
-    asked: list[tuple[int, int]] = []
+    told: list[tuple[str, int, int]] = []
     behaviour(
         recipe.model_copy(update={"behaviour": some}), lm, prompter, data, TargetStore(tmp_path / "t"),
-        progress=lambda stage, done, total: asked.append((done, total)) if stage == "behaviour" else None,
+        progress=lambda *call: told.append(call),
     )  # fmt: skip
-    assert asked == told
+    assert [(done, total) for stage, done, total in told if stage == "behaviour"] == scored
+    assert [done for stage, done, _ in told if stage == "base answers"] == written
+    assert told[-1][0] == "behaviour"
 
 
 def test_the_untrained_adapter_changes_nothing(job: Path) -> None:

@@ -33,16 +33,18 @@ def behaviour(
     and `other` (not in the text style, which has no roles). A check that is off is None."""
     b = recipe.behaviour
     found: dict[str, Any] = {"rows": 0, "unrelated": None, "strengths": None, "again": None, "other": None}
-    check = Check(recipe, lm, prompter, store)
     plain = unrelated(prompter, generic.HELD_OUT[: b.unrelated])
     plain = [pair for pair in plain if len(pair.teacher) + TOKENS <= lm.window]  # their number is reported
-    theirs = check.base(plain, TOKENS) if plain else []
     pairs = rows.pairs["eval"][: b.rows]
-    first = int(bool(plain))
-    checks = first + (3 if pairs else 0)
+    strengths = b.strengths if encoder_of(lm.peft) is None else ()  # a cartridge has no strength
+    elsewhere = recipe.prompt.style == "chat" and bool(b.other_system)
+    total = len(plain)  # rows that are scored
+    if pairs:
+        total += len(strengths) * (len(pairs) + len(plain)) + (3 + elsewhere) * len(pairs)
+    check = Check(recipe, lm, prompter, store, progress, total)
+    theirs = check.base(plain, TOKENS) if plain else []
     if plain:
         found["unrelated"] = check.compare(plain, theirs)
-        progress("behaviour", first, checks)
     if not pairs:
         return found
     targets = teacher_targets(lm, prompter, pairs, recipe, store)
@@ -50,19 +52,16 @@ def behaviour(
     with lm.adapter(False):
         base = check.scores(pairs, targets)
     found["strengths"] = []
-    for value in b.strengths if encoder_of(lm.peft) is None else ():  # a cartridge has no strength
+    for value in strengths:
         with lm.adapter(True, value):
             point = {"strength": value, "kl_closed": check.closed(check.scores(pairs, targets), base)}
             point["unrelated_kl"] = kl_estimate(check.scores(plain, theirs), **check.options) if plain else None
         found["strengths"].append(point)
-    progress("behaviour", first + 1, checks)
     again = [dataclasses.replace(pair, student=pair.teacher) for pair in pairs]
     alone = kl_estimate(check.scores(pairs, targets), **check.options)
     found["again"] = check.compare(again, targets) | {"alone": alone}
-    progress("behaviour", first + 2, checks)
-    if recipe.prompt.style == "chat" and b.other_system:
+    if elsewhere:
         found["other"] = other(check, rows, pairs, targets)
-    progress("behaviour", checks, checks)
     return found
 
 
@@ -105,16 +104,25 @@ TOKENS = 32
 
 
 class Check:
-    """What the checks share."""
+    """What the checks share. `total`: how many rows they will score."""
 
-    def __init__(self, recipe: Recipe, lm: LM, prompter: Prompter, store: TargetStore) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        lm: LM,
+        prompter: Prompter,
+        store: TargetStore,
+        progress: Progress = no_progress,
+        total: int = 0,
+    ) -> None:
         self.recipe, self.lm, self.prompter, self.store = recipe, lm, prompter, store
+        self.progress, self.done, self.total = progress, 0, total
         self.options = {"resamples": recipe.eval.bootstrap, "seed": recipe.train.seed}
 
     def base(self, pairs: Sequence[Pair], limit: int) -> Sequence[Target]:
         """The base model's own greedy answers to the prompts `pair.teacher`, with what it says of each token."""
         kind = TargetsSection(kind="hidden", batch_size=self.recipe.targets.batch_size)
-        return base_targets(self.lm, self.prompter, pairs, self.recipe, self.store, kind, limit)
+        return base_targets(self.lm, self.prompter, pairs, self.recipe, self.store, kind, limit, self.progress)
 
     @torch.no_grad()
     def scores(self, pairs: Sequence[Pair], targets: Sequence[Target], *, write: bool = False) -> list[Score]:
@@ -140,6 +148,8 @@ class Check:
                     )
                     score["same"] = float(same(score["prediction"], self.prompter.text(target.ids)))
             scores += new
+            self.done += len(new)
+            self.progress("behaviour", self.done, self.total)
         return scores
 
     def compare(self, pairs: Sequence[Pair], targets: Sequence[Target]) -> dict[str, Any]:
@@ -169,9 +179,12 @@ def base_targets(
     store: TargetStore,
     kind: TargetsSection,
     limit: int = TOKENS,
+    progress: Progress = no_progress,
 ) -> Sequence[Target]:
     """What the base model answers to each `pair.teacher`, at most `limit` tokens, greedy. Raises: `FitError`."""
     check_fit([(p.origin, len(p.teacher) + limit) for p in pairs], lm.window, "a prompt of the behaviour checks")
     completions = CompletionsSection(source="teacher", max_new_tokens=limit)
-    made = label(lm, prompter, pairs, recipe, store, completions=completions, kind=kind, stage="base answers")
+    made = label(
+        lm, prompter, pairs, recipe, store, completions=completions, kind=kind, progress=progress, stage="base answers"
+    )
     return Lazy.over(made, lambda row: row[0])
