@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -327,6 +328,23 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(
 def test_the_package_is_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "ctxdistill", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ctxdistill.__version__
+
+
+def test_ctrl_c_while_the_command_line_is_imported() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    module, _, name = project["scripts"]["ctxdistill"].partition(":")
+    code = (
+        "import sys\n"
+        "class Stop:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop)\n"
+        f"from {module} import {name}\n"
+        f"sys.exit({name}())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--json"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+    assert json.loads(done.stdout) == {"error": {"kind": "Interrupted", "message": "stopped"}}
 
 
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:
