@@ -34,7 +34,8 @@ HOSTILE = "[red]x[/red] [/nope] \x1b[2J\x1b]0;owned\x07 \u202egnp\u202c \x9b31m 
 GATE = {
     "verdict": "teach", "reasons": ["the context changes the model: KL 1.234"], "gain": None, "metric": None,
     "kl": {"mean": 1.234, "low": 1.0, "high": 1.5}, "context_tokens": 321, "query_tokens": {"mean": 12.5, "max": 20},
-    "window": 8192, "fits": True, "estimate": {"seconds": 90.0, "memory_mb": 700.0, "disk_mb": 12.0, "cost": None},
+    "window": 8192, "fits": True, "estimate": {"seconds": 90.0, "memory_mb": 700.0, "disk_mb": 12.0, "cost": None,
+                 "notes": []},
 }  # fmt: skip
 ARM = {
     "exact_match": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 10},
@@ -180,11 +181,8 @@ def test_a_plan_is_told_stage_by_stage(pipeline: types.SimpleNamespace, capfd: p
     assert any("steps [b]are[/b] taken 2 rows at a time" in line for line in lines)
 
 
-def test_a_context_that_adds_no_token_and_requests_that_are_no_quicker(
-    pipeline: types.SimpleNamespace, capfd: pytest.CaptureFixture[str]
-) -> None:
-    pipeline.gate = lambda recipe, progress: {**GATE, "context_tokens": -10}
-    assert cli.main(["gate", "my.toml"]) == 0
+def test_a_context_that_adds_no_token_and_requests_that_are_no_quicker(capfd: pytest.CaptureFixture[str]) -> None:
+    display.gate(display.console(), {**GATE, "context_tokens": -10})
     assert "with the context in it the prompt is 10 prompt tokens shorter, a query 12" in capfd.readouterr().out
     noisy = {"mean": 50.0, "low": -40.0, "high": 140.0, "n": 4}
     cost = {**EVALUATION["cost"], "prompt_tokens_saved": -10.0, "ms_saved": noisy, "break_even_requests": None}
