@@ -306,7 +306,23 @@ def test_a_run_without_an_adapter_has_nothing_to_export(finished: Path, tmp_path
     shutil.rmtree(run / "adapter")
     with pytest.raises(RunError, match="no adapter yet") as caught:
         exports.export(run, "peft")
-    assert f"--out {run} --resume" in caught.value.fix
+    assert f"distill RECIPE --out {run} --resume" in caught.value.fix  # it was not loaded from a file
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("support.toml train.lr=1e-3", "support.toml train.lr=1e-3"),
+        ("a.toml; rm -r x", "'a.toml;' rm -r x"),
+        (None, "None"),
+        ("a 'b", "RECIPE"),
+    ],
+)
+def test_how_to_finish_a_run_names_its_recipe(finished: Path, tmp_path: Path, typed: str | None, told: str) -> None:
+    run = copied(finished, tmp_path)
+    made = json.loads((run / "recipe.json").read_text())
+    (run / "recipe.json").write_text(json.dumps({**made, "typed": typed}))
+    assert RunDir(run).finish == f"finish the run with `ctxdistill distill {told} --out {run} --resume`"
 
 
 def test_a_model_that_llama_cpp_lacks_is_an_error_and_not_a_traceback(

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from ctxdistill import cli
+from ctxdistill.rundir import RunDir
 from forks import Forks
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -81,8 +82,9 @@ def test_stopped_it_says_how_to_go_on(number: int, place: SimpleNamespace, fault
     assert code == 130 and "Traceback" not in said, said
     (line,) = [line for line in said.splitlines() if line.startswith("stopped; go on with: ")]
     assert not list(run.glob("**/.*.tmp"))
+    unfinished = RunDir(run).finish.split("`")[1]
     again = shlex.split(line.removeprefix("stopped; go on with: "))
-    assert again[0] == "ctxdistill" and again[-1] == "--resume"
+    assert again[0] == "ctxdistill" and again[-1] == "--resume" and again == shlex.split(unfinished)
     assert place.forks.run(again[1:], place.folder)[0] == 0
     assert faults.bits(run) == place.bits
 

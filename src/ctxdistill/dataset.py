@@ -229,6 +229,7 @@ def describe(recipe: Recipe, lm: LM, prompter: Prompter, rows: Data) -> dict[str
     }
     return {
         "recipe": values,
+        "typed": recipe.typed,
         "base_dir": str(recipe.base_dir),
         "explicit": explicit(recipe),
         "fingerprint": fingerprint(

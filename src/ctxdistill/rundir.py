@@ -127,7 +127,10 @@ class RunDir:
     @property
     def finish(self) -> str:
         """How to finish the run."""
-        return f"finish the run with `ctxdistill distill RECIPE --out {shlex.quote(str(self.path))} --resume`"
+        typed = "RECIPE"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            typed = shlex.join(shlex.split(str(files.read_json(self / "recipe.json")["typed"])))  # a stranger's, too
+        return f"finish the run with `ctxdistill distill {typed} --out {shlex.quote(str(self.path))} --resume`"
 
     def claim(self, identity: str, *, resume: bool, differs: Callable[[Any], str] = str) -> None:
         """Make the folder this process's, for the recipe with this fingerprint. `differs` says how the manifest of another
