@@ -775,6 +775,26 @@ def test_time_that_is_not_shown_to_be_saved_does_not_pay_off(tmp_path: Path) -> 
     assert "321 requests" in text and "counted in prompt tokens; in time it is not shown to pay off" in text
 
 
+@pytest.mark.parametrize(
+    ("saved", "told"),
+    [
+        (
+            {"mean": -3.0, "low": -5.0, "high": -1.0, "n": 24},
+            "neverno prompt tokens are saved; in time it never pays off",
+        ),
+        (
+            {"mean": 4.0, "low": -1.0, "high": 9.0, "n": 4},
+            "not shownno prompt tokens are saved; in time it is not shown to pay off",
+        ),
+        (None, "not shownno prompt tokens are saved; time was not measured"),
+    ],
+)
+def test_what_is_not_shown_is_not_called_never(tmp_path: Path, saved: dict[str, float] | None, told: str) -> None:
+    cost = {**make_evaluation()["cost"], "ms_saved": saved, "break_even_requests": None, "break_even_tokens": None}
+    text = squeeze(page_of(build_run(tmp_path / "run", cost=cost)).text)
+    assert f"pays off after{told}" in text
+
+
 def test_a_context_that_the_template_outweighs_is_not_called_shorter(tmp_path: Path) -> None:
     evaluation = make_evaluation()
     cost = {**evaluation["cost"], "prompt_tokens_saved": -10.0, "break_even_tokens": None}

@@ -248,10 +248,13 @@ def _tiles(evaluation: Data) -> list[Data]:
     if cost:
         ways = {"time": cost.get("break_even_requests"), "prompt tokens": cost.get("break_even_tokens")}
         way = next((way for way, requests in ways.items() if finite(requests)), None)
-        value = f"{math.ceil(ways[way]):,} requests" if way else "never"
-        note = f"counted in {way}" if way else "nothing is saved per request"
-        said = in_time(cost.get("ms_saved")) if way else None
-        tiles.append(("pays off after", value, f"{note}; in time it {said.partition(':')[0]}" if said else note))
+        said = (in_time(cost.get("ms_saved")) or "").partition(":")[0]
+        told = f"; in time it {said}" if said else ""
+        if way:
+            tiles.append(("pays off after", f"{math.ceil(ways[way]):,} requests", f"counted in {way}{told}"))
+        else:
+            value = "never" if said.startswith("never") else "not shown"
+            tiles.append(("pays off after", value, f"no prompt tokens are saved{told or '; time was not measured'}"))
     return [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in tiles]
 
 
