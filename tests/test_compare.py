@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from ctxdistill import cli
+from ctxdistill import cli, display
 from ctxdistill.compare import compare, write_page
 from ctxdistill.errors import RunError
 from ctxdistill.results import NO_VALUE
@@ -159,16 +161,40 @@ def test_three_runs_are_compared_in_pairs_and_settings_that_differ_are_shown(tmp
     folders = [make(tmp_path / name, recipe__name=name) for name in "xyz"]
     recipe = json.loads((folders[1] / "recipe.json").read_text())
     recipe["recipe"]["lora"]["rank"] = 4
+    recipe["recipe"]["train"] |= {"batch_size": 2, "note": "so " * 40}
+    recipe["recipe"]["gate"] = {"min_kl": 9}  # decides whether there is a run, and no number of it
+    recipe["rows"]["train"] = 7
     (folders[1] / "recipe.json").write_text(json.dumps(recipe))
     found = compare(folders)
     assert {(p["a"], p["b"]) for p in found["pairs"]} == {("A", "B"), ("A", "C"), ("B", "C")}
     rows = {row["label"]: row["cells"] for row in found["table"]}
     assert rows["rank"] == ["12", "4", "12"]
-    assert "loss" not in rows  # the same everywhere
+    assert rows["train.batch_size"] == [NO_VALUE, "2", NO_VALUE]  # a version that has no such key beside one that has
+    assert rows["train.note"][1] == "so " * 19 + "…"
+    assert rows["training rows"] == ["200", "7", "200"]
+    assert not {"loss", "name", "gate.min_kl"} & rows.keys()  # the same everywhere, or said elsewhere
     assert rows["KL closed %"] == ["97.1 [96.5, 97.6]"] * 3
     assert rows["exact match %, its teacher"][0] == "82.5 [75.8, 89.2]"
     pays_off = [rows[f"pays off after requests ({way})"][0] for way in ("time", "tokens")]
     assert pays_off == ["323", "321"]  # after 320.1, as the report says it
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_word_is_broken_in_a_terminal(tmp_path: Path, width: int) -> None:
+    found = compare([make(tmp_path / name, right=right) for name, right in zip("abc", (4, 5, 7), strict=True)])
+    out = Console(width=width, record=True, file=io.StringIO())
+    display.comparison(out, found, Path("page.html"))
+    said = out.export_text()
+    words = {
+        word
+        for pair in found["pairs"]
+        for key in ("label", "text", "reading", "p_holm_text")
+        for word in pair[key].split()
+    }
+    assert len(found["pairs"]) > 9 and words <= set(said.split()) and "difference" in said.split()
+    assert [line.split("  ")[0] for line in said.splitlines() if " minus " in line] == [
+        "A minus B", "A minus C", "B minus C",
+    ]  # fmt: skip
 
 
 def test_what_cannot_be_compared_is_an_error(tmp_path: Path) -> None:

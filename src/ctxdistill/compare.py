@@ -13,6 +13,7 @@ import string
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,13 @@ FEW = 30
 """Shared rows below which a difference that matters can easily be missed."""
 RESAMPLES = 10_000
 SEED = 0
-SETTINGS = {
+NAMES = {
     "model.name": "model", "context.kinds": "context", "completions.source": "completions", "train.loss": "loss",
     "train.epochs": "epochs", "train.lr": "learning rate", "lora.rank": "rank", "train.seed": "seed",
 }  # fmt: skip
-"""Recipe keys that the page shows where the runs differ in them, and their names."""
+"""What some recipe keys are called on the page; the others have the names that they have in a recipe."""
+ELSEWHERE = {"context", "gate", "cost", "behaviour", "teacher"}
+"""Sections that are shown otherwise, or change nothing in the numbers of the page."""
 
 
 def compare(folders: Sequence[str | Path]) -> Data:
@@ -101,18 +104,22 @@ def _load(letter: str, folder: str | Path) -> Data:
         "rows": evaluation.get("rows"),
         "level": found["level"],
         "sentence": found["sentence"],
-        "settings": {name: _setting(recipe, key) for key, name in SETTINGS.items()},
+        "settings": _settings(recipe),
+        "train_rows": (recipe.get("rows") or {}).get("train"),
         "evaluation": evaluation,
         "scores": {arm: {line["row"]: line for line in scores if line["arm"] == arm} for arm in ("zero_shot", "distilled")},
     }  # fmt: skip
 
 
-def _setting(recipe: Data, key: str) -> str:
-    section, name = key.split(".")
-    if key == "context.kinds":
-        return " + ".join((recipe.get("context") or {}).get("kinds") or []) or NO_VALUE
-    value = (recipe["recipe"].get(section) or {}).get(name)
-    return NO_VALUE if value is None else str(value)
+def _settings(recipe: Data) -> dict[str, str]:
+    """The recipe's values, as text by the name that the page has for their key."""
+    kinds = " + ".join((recipe.get("context") or {}).get("kinds") or [])
+    found = {NAMES["context.kinds"]: kinds or NO_VALUE}
+    for section, values in recipe["recipe"].items():
+        for key, value in values.items() if isinstance(values, dict) and section not in ELSEWHERE else ():
+            place = f"{section}.{key}"
+            found[NAMES.get(place, place)] = NO_VALUE if value is None else shorten(str(value), 60, placeholder=" …")
+    return found
 
 
 def _table(runs: Sequence[Data]) -> list[Data]:
@@ -126,11 +133,13 @@ def _table(runs: Sequence[Data]) -> list[Data]:
     def arm(run: Data, name: str, metric: str) -> Any:
         return run["evaluation"]["table"].get(name, {}).get(metric)
 
-    for name, label in (("level", "verdict"), *((n, n) for n in SETTINGS.values())):
-        values = [str(run[name] if name == "level" else run["settings"][name]) for run in runs]
-        if name == "level" or len(set(values)) > 1:
-            add("what it is", label, values)
+    add("what it is", "verdict", [str(run["level"]) for run in runs])
+    for name in dict.fromkeys([*NAMES.values(), *(name for run in runs for name in run["settings"])]):
+        values = [run["settings"].get(name, NO_VALUE) for run in runs]
+        if len(set(values)) > 1:
+            add("what it is", name, values)
     add("what it is", "context tokens", [_count(run["context_tokens"]) for run in runs])
+    add("what it is", "training rows", [_count(run["train_rows"]) for run in runs])
     add("what it is", "held-out rows", [_count(run["rows"]) for run in runs])
     add(
         "fidelity",

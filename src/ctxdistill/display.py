@@ -7,6 +7,7 @@ nothing here imports torch.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -346,14 +347,13 @@ def comparison(out: Console, found: Mapping[str, Any], page: Path) -> None:
         table.add_row(plain(row["label"]), *(plain(cell) for cell in row["cells"]))
     out.print()
     out.print(table)
-    if found["pairs"]:
+    for runs, pairs in itertools.groupby(found["pairs"], lambda pair: pair["runs"]):
         out.print()
         tests = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        for title in ("runs", "metric", "rows", "difference", "test", "p", "p (Holm)", ""):
-            tests.add_column(title, overflow="fold")
-        for pair in found["pairs"]:
-            names = ("runs", "label", "rows", "text", "test", "p_text", "p_holm_text", "reading")
-            tests.add_row(*(plain(pair[name]) for name in names))
+        for title in (runs, "rows", "difference", "p (Holm)", ""):
+            tests.add_column(plain(title), overflow="fold")
+        for pair in pairs:
+            tests.add_row(*(plain(pair[name]) for name in ("label", "rows", "text", "p_holm_text", "reading")))
         out.print(tests)
     out.print()
     for item in found["refused"]:
