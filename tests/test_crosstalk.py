@@ -51,7 +51,8 @@ def test_the_matrix_equals_the_slow_way(job: Path) -> None:
     tiny.disturb(lm)
     lm.training(False)
     check = Check(recipe, lm, prompter, TargetStore(job / "t"))
-    found = matrix(check, groups_of(recipe, prompter, data))
+    groups = groups_of(recipe, prompter, data)
+    found = matrix(dict.fromkeys(groups, check), groups)
     assert found["names"] == ["shout", "spell"]
     nearest = dict.fromkeys(CONTEXTS, 0)
     for i in CONTEXTS:
@@ -238,6 +239,16 @@ def test_a_sum_is_measured_on_the_rows_of_every_run(runs: list[Path], tmp_path: 
     assert json.loads((tmp_path / "sum/compose.json").read_text())["good"] is False
     assert "Not good" in (tmp_path / "sum/adapter/README.md").read_text()
     assert {p.name for p in (tmp_path / "sum").iterdir()} == {"adapter", "compose.json"}
+
+
+def test_each_teacher_answers_as_its_own_recipe_says(runs: list[Path], job: Path) -> None:
+    raw = tiny.recipe_dict(
+        job, context={"system": "Spell it."}, eval__latency_rows=0, eval__max_new_tokens=2, train__epochs=1
+    )
+    pipeline.distill(Recipe.from_dict({**raw, "gate": {"on_fail": "warn"}}, base_dir=job), job / "short")
+    found = compose({job / "short": 0.0, runs[0]: 1.0}, job / "sum")
+    assert found["closed"]["shout"]["mean"] == pytest.approx(found["alone"]["shout"]["shout"]["mean"], abs=1e-4)
+    assert found["closed"]["short"]["mean"] == pytest.approx(found["alone"]["short"]["shout"]["mean"], abs=1e-4)
 
 
 def test_a_sum_that_cannot_be_written(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

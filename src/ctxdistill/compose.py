@@ -58,8 +58,13 @@ def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Prog
         prompters.append(prompter)
         rows.append(data)
     groups = crossed(names, prompters, rows)
-    everyone = [pair for group in groups.values() for pairs in group.values() for pair in pairs]
-    lengths = ((pair.origin, len(pair.teacher) + teacher_limit(recipes[0])) for pair in everyone)
+    limits = dict(zip(names, map(teacher_limit, recipes), strict=True))
+    lengths = (
+        (pair.origin, len(pair.teacher) + limits[name])
+        for group in groups.values()
+        for name, pairs in group.items()
+        for pair in pairs
+    )
     check_fit(lengths, lm.window, "the context of one run with a query of another, and answer")
     load(lm, folders, names, list(runs.values()))
     progress = progress or no_progress
@@ -79,8 +84,9 @@ def compose(runs: Mapping[str | Path, float], out: str | Path, *, progress: Prog
         progress("adapters alone", len(alone), len(names))
     lm.peft.set_adapter("composed")
     with tempfile.TemporaryDirectory() as place:  # what one context's teacher says of another's rows belongs to no run
-        check = Check(recipes[0], lm, prompters[0], TargetStore(Path(place)))
-        found = matrix(check, groups, progress)
+        store = TargetStore(Path(place))
+        checks = [Check(r, lm, p, store) for r, p in zip(recipes, prompters, strict=True)]
+        found = matrix(dict(zip(names, checks, strict=True)), groups, progress)
     rank = sum(recipe.lora.rank for recipe in recipes)
     found |= {"weights": dict(zip(names, runs.values(), strict=True)), "rank": rank, "alone": alone}
     save(lm, Path(out), found, [folder.path for folder in folders])

@@ -66,24 +66,27 @@ def groups_of(recipe: Recipe, prompter: Prompter, rows: Data) -> dict[str, Group
     return found
 
 
-def matrix(check: Check, groups: Mapping[str, Group], progress: Progress = no_progress) -> dict[str, Any]:
-    """`names`; `kl`, `nearest` and `closed` by name (and by name of the teacher for `kl`); `good` and `reasons`."""
+def matrix(
+    checks: Mapping[str, Check], groups: Mapping[str, Group], progress: Progress = no_progress
+) -> dict[str, Any]:
+    """`names`; `kl`, `nearest` and `closed` by name (and by name of the teacher for `kl`); `good` and `reasons`. Each teacher
+    answers as the recipe of its own check says."""
     names = list(groups)
     kl: dict[str, dict[str, Any]] = {}
     nearest, closed = {}, {}
     for number, i in enumerate(names):
         own = groups[i][i]
         scores: dict[str, list[Score]] = {}
-        for j in names:
+        for j, check in checks.items():
             pairs = [dataclasses.replace(p, student=o.student) for p, o in zip(groups[i][j], own, strict=True)]
             targets = teacher_targets(check.lm, check.prompter, pairs, check.recipe, check.store)
             scores[j] = check.scores(pairs, targets)
             if i == j:
                 with check.lm.adapter(False):
                     closed[i] = check.closed(scores[j], check.scores(pairs, targets))
-        kl[i] = {j: kl_estimate(scores[j], **check.options) for j in names}
+        kl[i] = {j: kl_estimate(scores[j], **checks[i].options) for j in names}
         rest = np.min([[s["kl"] for s in scores[j]] for j in names if j != i], axis=0)  # [rows]
-        nearest[i] = check.share([float(s["kl"] < least) for s, least in zip(scores[i], rest, strict=True)])
+        nearest[i] = checks[i].share([float(s["kl"] < least) for s, least in zip(scores[i], rest, strict=True)])
         progress("cross-talk", number + 1, len(names))
     reasons = [
         f"{i}: the student is nearest to its own teacher on {100 * nearest[i]['mean']:.0f} % of the rows only"

@@ -527,7 +527,8 @@ def measure(
     found["behaviour"] = behaviour(recipe, lm, prompter, rows, store, progress)
     if recipe.behaviour.contexts:
         check = Check(recipe, lm, prompter, store)
-        found["crosstalk"] = matrix(check, groups_of(recipe, prompter, rows), progress)
+        groups = groups_of(recipe, prompter, rows)
+        found["crosstalk"] = matrix(dict.fromkeys(groups, check), groups, progress)
     return found
 
 
