@@ -281,6 +281,7 @@ def test_what_the_user_can_fix_is_2(pipeline: types.SimpleNamespace, capfd: pyte
         (["init", "my.toml"], "is there already"),
         (["init", "x.toml", "--kind", "poem"], "poem"),
         (["init", "my.toml/x.toml"], "cannot write"),
+        (["init", "rows.jsonl", "--from", "rows.jsonl", "--force"], "name it rows.toml"),
         (["show", "run", "--row", "2"], "0 to 1"),
         (["show", "run", "train.lr=1"], "a run's values are fixed"),
         (["show", "."], "is not a run folder"),

@@ -318,7 +318,9 @@ def test_the_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFix
     given = [f"{runs[0]}=1", f"{runs[1]}=0.5", "--out", str(tmp_path / "sum")]
     assert cli.main(["compose", *given]) == 0
     said = capsys.readouterr().out
-    assert "teacher of spell" in said and "by shout alone" in said and ("Not good" in said or "Good:" in said)
+    found = json.loads((tmp_path / "sum" / "compose.json").read_text())
+    assert "teacher of spell" in said and "by shout alone" in said
+    assert ("Good:" if found["good"] else "Not good:") in said and "the sum: 1 times shout + 0.5 times spell" in said
     for wrong in (["x"], [f"{runs[0]}=much"], [f"{runs[0]}=nan"]):
         assert cli.main(["compose", *wrong, "--out", str(tmp_path / "no")]) == 2
         assert "RUN=WEIGHT" in capsys.readouterr().err

@@ -131,6 +131,8 @@ def init(
     Example: ctxdistill init support.toml --kind system
     """
     path = path / "recipe.toml" if path.is_dir() else path
+    if path.suffix != ".toml":  # --force must not replace rows, which a slip may name
+        raise RunError("a recipe is a .toml file", found=str(path), fix=f"name it {path.with_suffix('.toml')}")
     if path.exists() and not force:
         raise RunError(f"{path} is there already", fix="choose another name, or replace it with --force")
     if source is None:
