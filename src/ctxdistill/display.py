@@ -302,7 +302,7 @@ def composed(out: Console, path: Path, found: Mapping[str, Any]) -> None:
     if not found["good"]:
         verdict = f"Not good: {'; '.join(found['reasons'])}."
     out.print(plain(verdict, "bold"))
-    say(out, f"adapter: {path / 'adapter'} (rank {found['rank']}; with transformers and vLLM it is used as any PEFT adapter)")
+    say(out, f"adapter: {path / 'adapter'} (rank {found['rank']}; transformers and vLLM use it as any PEFT adapter)")
     say(out, "the sum: " + " + ".join(f"{weight:g} times {name}" for name, weight in found["weights"].items()))
 
 
