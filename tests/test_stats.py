@@ -156,6 +156,17 @@ def test_closed_is_undefined_without_a_gain() -> None:
     assert isinstance(closed([0.5] * 9, [0.5] * 9, [0.5] * 9, **OPTIONS), str)
 
 
+def test_closed_is_undefined_where_the_context_makes_it_worse() -> None:
+    zero, teacher = np.r_[np.ones(36), np.zeros(4)], np.r_[np.ones(16), np.zeros(24)]
+    said = "the context makes it worse: the teacher's gain over zero-shot is -0.500 [-0."
+    tables = [np.repeat([scores], 3, axis=0) for scores in (teacher, zero, teacher)]
+    for got, over in (
+        (closed(teacher, zero, teacher, **OPTIONS), "40 rows"),  # all the harm is kept
+        (crossed_closed(*tables, **OPTIONS), "40 rows and 3 demonstration sets"),
+    ):
+        assert isinstance(got, str) and got.startswith(said) and got.endswith(over)
+
+
 def test_kl_closed_weighs_tokens() -> None:
     # Row 1: one token, nothing closed; row 2: 99 tokens, all closed.
     got = kl_closed([1.0, 0.0], [1.0, 99.0], [1, 99], **OPTIONS)

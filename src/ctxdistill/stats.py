@@ -80,8 +80,8 @@ def closed(
 ) -> Estimate | str:
     """(student - zero_shot) / (teacher - zero_shot) of the means, with a paired bootstrap interval over rows.
 
-    Returns: the estimate, or the reason why there is none: the interval of the teacher's gain contains 0, so that the
-    ratio has no meaning.
+    Returns: the estimate, or the reason why there is none: the interval of the teacher's gain reaches down to 0 or
+    below, so that the ratio has no meaning or is one of harms.
 
     Raises: as `paired_difference`.
     """
@@ -89,7 +89,7 @@ def closed(
     if len(s) < 2:
         return "one row tells nothing about the gap"
     gain = paired_difference(t, z, resamples=resamples, seed=seed)
-    if gain.low <= 0 <= gain.high:
+    if gain.low <= 0:
         return _no_gain(gain, 1)
     draws = _resampled_means([s - z, t - z], resamples, seed)  # [resamples, 2]
     return _estimate(float((s - z).mean() / (t - z).mean()), _ratios(draws), len(s))
@@ -208,7 +208,7 @@ def crossed_closed(
     if len(s) == 1:
         return closed(s[0], z[0], teach[0], resamples=resamples, seed=seed)
     gain = crossed_difference(teach, z, resamples=resamples, seed=seed)
-    if gain.low <= 0 <= gain.high:
+    if gain.low <= 0:
         return _no_gain(gain, len(s))
     draws = _crossed_draws([s - z, teach - z], resamples, seed)  # [resamples, 2]
     return _estimate(float((s - z).mean() / (teach - z).mean()), _ratios(draws), s.shape[1])
@@ -386,10 +386,10 @@ def _weights(n: int, resamples: int, seed: int) -> NDArray[np.float32]:
 
 def _no_gain(gain: Estimate, sets: int) -> str:
     over = f"{gain.n} rows" + (f" and {sets} demonstration sets" if sets > 1 else "")
-    return (
-        f"the teacher's gain over zero-shot is not different from 0: {gain.mean:+.3f} "
-        f"[{gain.low:+.3f}, {gain.high:+.3f}] on {over}"
-    )
+    text = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] on {over}"
+    if gain.high < 0:
+        return f"the context makes it worse: the teacher's gain over zero-shot is {text}"
+    return f"the teacher's gain over zero-shot is not different from 0: {text}"
 
 
 def _clipped(estimate: Estimate, least: float) -> Estimate:
