@@ -405,6 +405,43 @@ def test_the_verdict_does_not_hide_an_adapter_that_is_worse_than_its_teacher() -
         assert report.verdict(evaluation)["level"] == level
 
 
+@pytest.mark.parametrize(
+    ("teacher", "student", "said"),
+    [
+        (
+            (-0.4, -0.5, -0.3),
+            (-0.36, -0.46, -0.26),
+            "In-context minus zero-shot, exact match: -40.0 points [-50.0, -30.0]; distilled minus zero-shot, exact match: "
+            "-36.0 points [-46.0, -26.0]: the adapter, as its teacher, is worse than the model without the context.",
+        ),
+        (
+            (-0.04, -0.1, 0.02),
+            (-0.06, -0.11, -0.01),
+            "Distilled minus zero-shot, exact match: -6.0 points [-11.0, -1.0]: the adapter is worse than "
+            "the model without the context.",
+        ),
+        (
+            (-0.06, -0.11, -0.01),
+            (-0.04, -0.1, 0.02),
+            "In-context minus zero-shot, exact match: -6.0 points [-11.0, -1.0]: the teacher is worse than "
+            "the model without the context.",
+        ),
+        ((-0.04, -0.1, 0.02), (-0.04, -0.1, 0.02), None),
+    ],
+)
+def test_a_context_that_makes_it_worse_is_remarked_upon(
+    teacher: tuple[float, ...], student: tuple[float, ...], said: str | None
+) -> None:
+    evaluation = make_evaluation()
+    for pair, numbers in zip(evaluation["comparisons"], (teacher, student), strict=False):
+        pair["difference"] = dict(zip(("mean", "low", "high"), numbers, strict=True))
+    found = report.verdict(evaluation)
+    assert found["level"] == "faithful"  # to such a teacher
+    assert [remark for remark in found["remarks"] if "the model without the context" in remark] == (
+        [said] if said else []
+    )
+
+
 def test_the_table_of_rounds() -> None:
     numbers = {"reverse_kl": 0.1, "student_entropy": 0.2, "teacher_entropy": 0.3, "tokens": 5.5, "ended": 0.5}
     line = {"event": "round", "round": 1, "step": 8, "student_rows": 3, "rows": 4, **numbers, "repeated": 0.25}

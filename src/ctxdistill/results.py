@@ -211,7 +211,7 @@ def verdict(evaluation: Mapping[str, Any]) -> Data:
                 else ", which is not distinguishable from nothing"
             )
     metric = evaluation.get("main_metric")
-    if level in LEVELS and any(_worse(pair, metric) for pair in evaluation.get("comparisons") or []):
+    if level in LEVELS and _worse(evaluation, "distilled", "in_context"):
         # A KL that is mostly form (the right kind of answer) can be closed while the answers are not the teacher's.
         gap = (evaluation.get("gap_closed") or {}).get("mean")
         level = "close" if finite(gap) and gap >= LEVELS["close"] else "partial"
@@ -239,11 +239,7 @@ def _remarks(evaluation: Mapping[str, Any], level: str, metric: str | None) -> l
     closed, gap, gate, constant = (evaluation.get(key) or {} for key in ("kl_closed", "gap_closed", "gate", "constant"))
     if level in LEVELS and finite(closed.get("low")) and closed["low"] < LEVELS[level]:
         remarks.append(f"The interval reaches below the {100 * LEVELS[level]:.0f} % that “{level}” asks for.")
-    remarks += [
-        _against_teacher(pair)
-        for pair in evaluation.get("comparisons") or []
-        if metric == pair["metric"] and {pair["a"], pair["b"]} == {"distilled", "in_context"}
-    ]
+    remarks += [said for said in (_against_teacher(evaluation), _against_no_context(evaluation)) if said]
     if "undefined" in gap:
         reason = str(gap["undefined"]).rstrip(".")
         remarks.append(f"How much of the teacher's gain the adapter keeps (gap closed) is undefined: {reason}.")
@@ -282,26 +278,52 @@ def _remarks(evaluation: Mapping[str, Any], level: str, metric: str | None) -> l
     return remarks
 
 
-def _student_minus_teacher(pair: Mapping[str, Any]) -> Data:
-    sign = 1 if pair["a"] == "distilled" else -1
-    low, high = sorted(sign * pair["difference"][key] for key in ("low", "high"))
-    return {"mean": sign * pair["difference"]["mean"], "low": low, "high": high}
+def _difference(evaluation: Mapping[str, Any], a: str, b: str) -> Data | None:
+    """Arm `a` minus arm `b` in the main metric; None where they were not compared."""
+    for pair in evaluation.get("comparisons") or []:
+        if pair["metric"] == evaluation.get("main_metric") and {pair["a"], pair["b"]} == {a, b}:
+            sign = 1 if pair["a"] == a else -1
+            low, high = sorted(sign * pair["difference"][key] for key in ("low", "high"))
+            return {"mean": sign * pair["difference"]["mean"], "low": low, "high": high}
+    return None
 
 
-def _worse(pair: Mapping[str, Any], metric: str | None) -> bool:
-    """Whether the pair shows the adapter below its teacher."""
-    asked = metric == pair["metric"] and {pair["a"], pair["b"]} == {"distilled", "in_context"}
-    return asked and bool(_student_minus_teacher(pair)["high"] < 0)
+def _minus(evaluation: Mapping[str, Any], a: str, b: str) -> str:
+    metric = evaluation["main_metric"]
+    label = metric_label(metric)
+    unit = "points" if label.endswith("%") else ""
+    difference = cells(metric, _difference(evaluation, a, b), unit=unit, sign=True)
+    return f"{arm_label(a)} minus {arm_label(b)}, {label.removesuffix(' %')}: {difference}"
 
 
-def _against_teacher(pair: Mapping[str, Any]) -> str:
-    difference = _student_minus_teacher(pair)
-    low, high = difference["low"], difference["high"]
-    found = "worse" if high < 0 else "better" if low > 0 else ""
+def _worse(evaluation: Mapping[str, Any], a: str, b: str) -> bool:
+    """Whether arm `a` is shown to be below arm `b`."""
+    difference = _difference(evaluation, a, b)
+    return difference is not None and bool(difference["high"] < 0)
+
+
+def _against_teacher(evaluation: Mapping[str, Any]) -> str | None:
+    difference = _difference(evaluation, "distilled", "in_context")
+    if difference is None:
+        return None
+    found = "worse" if difference["high"] < 0 else "better" if difference["low"] > 0 else ""
     end = f": the adapter is {found} than its teacher." if found else "; no difference shown."
-    label = metric_label(pair["metric"])
-    points = cells(pair["metric"], difference, unit="points" if label.endswith("%") else "", sign=True)
-    return f"Distilled minus in-context, {label.removesuffix(' %')}: {points}{end}"
+    return _sentence(_minus(evaluation, "distilled", "in_context") + end)
+
+
+def _against_no_context(evaluation: Mapping[str, Any]) -> str | None:
+    """A context that makes it worse makes its adapter worse, however faithful that is."""
+    worse = [arm for arm in ("in_context", "distilled") if _worse(evaluation, arm, "zero_shot")]
+    if not worse:
+        return None
+    who = {"in_context": "the teacher", "distilled": "the adapter"}[worse[0]]
+    who = "the adapter, as its teacher," if len(worse) == 2 else who
+    found = "; ".join(_minus(evaluation, arm, "zero_shot") for arm in worse)
+    return _sentence(f"{found}: {who} is worse than the model without the context.")
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def examples(scores: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any], count: int = 8) -> list[Data]:
