@@ -202,6 +202,55 @@ def test_tables_and_the_gate() -> None:
     assert verdict(0.0, 2.0, teacher=0.02)["verdict"] == "teach"  # exact match says nothing there
 
 
+@pytest.mark.parametrize(
+    ("base", "teacher", "gate", "verdict", "said"),
+    [
+        ([1], [1], {}, "teach", "whether it helps cannot be told with 1 row: +0.0 [-92.4, +92.4]"),
+        ([0, 1] * 4, [1, 0] * 4, {}, "teach", "whether it helps cannot be told with 8 rows: +0.0"),
+        ([0, 1] * 10, [1] * 20, {}, "teach", "the context helps: +50.0"),
+        ([1] * 20, [0, 1] * 10, {}, "nothing to teach", "the context makes it worse on 20 rows: -50.0"),
+        ([1] * 40, [0, 1] * 20, {}, "nothing to teach", "the context makes it worse on 40 rows: -50.0"),
+        ([0, 1] * 20, [1, 0] * 20, {}, "nothing to teach", "the context is not shown to help on 40 rows: +0.0"),
+        (
+            [0, 1] * 10,
+            [1, 0] * 10,
+            {"min_gain": 0.9},
+            "nothing to teach",
+            "not shown to help by more than 90 points on 20 rows",
+        ),
+        (
+            [0, 1] * 20,
+            [1] * 40,
+            {"min_gain": 0.4},
+            "nothing to teach",
+            "not shown to help by more than 40 points on 40 rows",
+        ),
+        ([0.5], [0.5], {}, "teach", "whether it helps cannot be told with 1 row: +0.0"),  # one share has no interval
+        (
+            [0, 1] * 4,
+            [1, 0] * 4,
+            {"min_kl": 9.0},
+            "nothing to teach",
+            "whether it helps cannot be told with 8 rows: +0.0",
+        ),
+    ],
+)
+def test_the_gate_says_what_is_shown(
+    base: list[float], teacher: list[float], gate: dict[str, float], verdict: str, said: str
+) -> None:
+    def scores(values: list[float]) -> list[dict[str, Any]]:
+        return [{"metrics": {"squad_f1": float(value)}, "kl": 1.0, "tokens": 1} for value in values]
+
+    raw = {"model": {"name": "x"}, "context": {"system": "s"}, "queries": {"data": "q"}, "gate": gate}
+    prompts: Any = [SimpleNamespace(teacher=(0,) * 20, student=(0,) * 5)]
+    lm: Any = SimpleNamespace(window=100)
+    arms = {"zero_shot": scores(base), "in_context": scores(teacher)}
+    found = gate_verdict(arms, prompts, lm, Recipe.from_dict(raw))
+    assert found["verdict"] == verdict
+    assert said in found["reasons"][1]
+    assert ("going on" in found["reasons"][1]) == (verdict == "teach" and "cannot be told" in said)
+
+
 def test_arms_are_compared_on_the_rows_that_both_can_be_judged_on() -> None:
     def scores(values: list[float | None]) -> list[dict[str, Any]]:
         return [{"row": str(i), "answer": None, "metrics": {"mine:f": value}, "prompt_tokens": 1, "kl": 1.0, "top1": 1.0,

@@ -25,6 +25,7 @@ from ctxdistill.answers import METRICS as answer_metrics
 from ctxdistill.errors import RecipeError
 from ctxdistill.lm import LM
 from ctxdistill.prompts import Pair, Prompter, join
+from ctxdistill.readers import count
 from ctxdistill.recipe import CompletionsSection, EvalSection, Recipe, TargetsSection
 from ctxdistill.rundir import Progress, no_progress
 from ctxdistill.spool import Lazy
@@ -33,7 +34,7 @@ from ctxdistill.targets import label, score_labels
 from ctxdistill.trust import need_code
 
 FEW_ROWS = 30
-"""Below this, a gain that is there but not proven does not stop a run."""
+"""Below this, a gain that is possible but not proven does not stop a run."""
 ARMS = ("zero_shot", "in_context", "distilled")
 Score = dict[str, Any]
 Metric = Callable[[str, str | None, Mapping[str, Any]], float | None]
@@ -439,15 +440,20 @@ def gate_verdict(
         gain = stats.paired_difference(with_context, without, **options).to_dict()
         text = f"{100 * gain['mean']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}] points of {metric}"
         best = max(float(values.mean()) for values in (with_context, without))
-        if gain["low"] > recipe.gate.min_gain:
+        n, least = len(without), recipe.gate.min_gain
+        undecided = n == 1 or gain["low"] <= least < gain["high"]  # one share has no interval
+        if gain["low"] > least and not undecided:
             reasons.append(f"the context helps: {text}")
         elif metric == "exact_match" and best < 0.05 and not recipe.eval.metrics:
             reasons.append(f"exact match says nothing here, both arms are below 5 %: {text}; judged by the KL alone")
-        elif gain["n"] < FEW_ROWS and gain["mean"] > recipe.gate.min_gain:
-            reasons.append(f"whether it helps cannot be told with {gain['n']} rows: {text}; going on")
+        elif n < FEW_ROWS and undecided:
+            end = "; going on" if teach else ""
+            reasons.append(f"whether it helps cannot be told with {count(n, 'row')}: {text}{end}")
         else:
             teach = False
-            reasons.append(f"the context does not help on {gain['n']} rows: {text}")
+            more = f" by more than {100 * least:g} points" if least else ""
+            shown = "makes it worse" if gain["high"] < 0 else f"is not shown to help{more}"
+            reasons.append(f"the context {shown} on {count(n, 'row')}: {text}")
     lengths = [len(pair.student) for pair in pairs]
     extra = [len(pair.teacher) - len(pair.student) for pair in pairs]
     return {
