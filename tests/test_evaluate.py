@@ -18,6 +18,7 @@ from ctxdistill.accounts import cost
 from ctxdistill.dataset import prepare
 from ctxdistill.errors import RecipeError
 from ctxdistill.evaluate import (
+    constant,
     field_accuracy,
     freely,
     gate_verdict,
@@ -110,6 +111,13 @@ def test_label_tasks_are_measured_by_label(job: Path) -> None:
         "metric": "label_accuracy",
         "mean": 0.5,
     }
+
+
+@pytest.mark.parametrize(("metric", "prediction", "mean"), [("exact_match", "yes", 0.6), ("label_accuracy", "No", 0.4)])
+def test_the_constant_answer_scores_what_the_metric_says(metric: str, prediction: str, mean: float) -> None:
+    answers = ["Yes", "yes", " yes\n", "yes", "YES", "yes", "No", "No", "No", "No"]
+    rows = [{"answer": answer, "metrics": {metric: 0.0}} for answer in answers]
+    assert constant(rows) == {"prediction": prediction, "metric": metric, "mean": mean}
 
 
 def test_what_is_written_freely_is_judged_as_it_is() -> None:

@@ -44,9 +44,14 @@ Metric = Callable[[str, str | None, Mapping[str, Any]], float | None]
 # -- metrics ----------------------------------------------------------------------------------------------------------
 
 
+def folded(text: str) -> str:
+    """Without case, and with single spaces."""
+    return " ".join(text.split()).casefold()
+
+
 def same(prediction: str, answer: str) -> bool:
     """Equal but for case and white space."""
-    return " ".join(prediction.split()).casefold() == " ".join(answer.split()).casefold()
+    return folded(prediction) == folded(answer)
 
 
 def freely(text: str, answer: str | None, words: Sequence[str]) -> dict[str, float | None]:
@@ -383,9 +388,11 @@ def constant(rows: Sequence[Score]) -> dict[str, Any] | None:
     answers = [s["answer"] for s in rows if s["answer"] is not None]
     if not answers:
         return None
-    answer, accuracy = stats.constant_baseline(answers)
     metric = "label_accuracy" if "label_accuracy" in rows[0]["metrics"] else "exact_match"
-    return {"prediction": answer, "metric": metric, "mean": accuracy}
+    form = folded if metric == "exact_match" else str  # what counts as one answer
+    most, accuracy = stats.constant_baseline([form(answer) for answer in answers])
+    prediction, _ = stats.constant_baseline([answer for answer in answers if form(answer) == most])
+    return {"prediction": prediction, "metric": metric, "mean": accuracy}
 
 
 def comparisons(
