@@ -16,9 +16,10 @@ from ctxdistill import pipeline
 from ctxdistill.dataset import prepare
 from ctxdistill.errors import DataError, RecipeError
 from ctxdistill.lm import LM
+from ctxdistill.policy import Rounds
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import Recipe
-from ctxdistill.rundir import RunDir
+from ctxdistill.rundir import RunDir, no_progress
 from ctxdistill.store import TargetStore
 from ctxdistill.targets import label
 
@@ -89,6 +90,37 @@ def written(monkeypatch: pytest.MonkeyPatch, texts: dict[str, str]) -> None:
         return rows, []  # no states: all is read
 
     monkeypatch.setattr(LM, "write", write)
+
+
+def test_what_the_student_thinks_itself_is_judged_whole(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher reads the student's thoughts where its own were: the teacher's full forward, a row at a time."""
+    own = {"on_policy": 1.0, "on_policy_temperature": 2.0, "batch_size": 4}
+    r = Recipe.from_dict(
+        tiny.recipe_dict(job, completions=THINK | {"teach": "all"}, eval__format=None, train=own), base_dir=job
+    )
+    lm, p, data = prepare(r)
+    with monkeypatch.context() as patch:
+        written(patch, {"ant": "big. Answer: ANT", "cat": "Answer: CAT", "owl": "Answer: OWL", "pig": "Answer: PIG"})
+        examples = pipeline.make_examples(r, lm, p, data.pairs["train"], TargetStore(job / "t"), no_progress)
+    lm.add_adapter(r.lora, 0)
+    tiny.disturb(lm)
+    batch = Rounds(lm, p, data.pairs["train"], examples, r, RunDir(job / "run"))(0)
+    teachers = {pair.id: pair.teacher for pair in data.pairs["train"]}
+    assert {e.target.ids for e in batch}.isdisjoint(e.target.ids for e in examples)
+    for example in batch:
+        with torch.no_grad(), lm.adapter(False):
+            whole, n = join(teachers[example.id], example.target.ids)
+            slow = lm.model(input_ids=torch.tensor([whole])).logits[0, -n - 1 : -1].log_softmax(-1)
+        fast = lm.head(example.target.tensors["hidden"]).log_softmax(-1)
+        torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-3)
+
+
+def test_bare_answers_of_the_students_are_refused(job: Path) -> None:
+    """Behind the teacher's prompt they would be judged without any thoughts."""
+    raw = tiny.recipe_dict(job, completions=THINK, eval__format=None, train__on_policy=0.5)
+    with pytest.raises(RecipeError, match=r'train\.on_policy.*completions\.extract.*teach = "all"'):
+        Recipe.from_dict(raw, base_dir=job)
+    Recipe.from_dict(raw | {"completions": THINK | {"extract": None}}, base_dir=job)  # the thoughts are taught
 
 
 @pytest.mark.parametrize("teach", ["answer", "all"])

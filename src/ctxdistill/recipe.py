@@ -252,7 +252,8 @@ class CompletionsSection(Section):
     """A regular expression with one group: where the answer is in what the teacher wrote (its last match). A training
     completion in which it is not found is rejected, which is counted."""
     teach: Literal["answer", "all"] = "answer"
-    """With `extract`: the student learns the answer alone, on which the teacher is asked behind its own thoughts, or all."""
+    """With `extract`: the student learns the answer alone, on which the teacher is asked behind its own thoughts, or all.
+    `answer` needs `train.on_policy = 0`: before an answer that the student writes there are no thoughts."""
     checker: str | None = None
     """Your own `module:function` that takes (answer as the teacher wrote it, reference answer, row) and says whether to
     train on it; needs `ctxdistill --allow-code`. The report has the acceptance rate."""
@@ -719,6 +720,11 @@ class Recipe(Section):
         if self.train.on_policy and self.train.ce_weight:
             problems.append(
                 "train.ce_weight would teach the student its own completions where train.on_policy is above 0; drop one"
+            )
+        if self.train.on_policy and self.completions.extract and self.completions.teach == "answer":
+            problems.append(
+                "train.on_policy: the teacher would judge the student's bare answers without the thoughts that "
+                'completions.extract leaves out; use completions.teach = "all" or train.on_policy = 0'
             )
         if self.train.on_policy and self.train.shard:
             problems.append(
