@@ -298,30 +298,34 @@ def test_a_run_that_had_too_little_memory_is_resumed_with_the_same_bits(
 ) -> None:
     _, lm, _, _ = ready
     examples = examples_of(ready, tmp_path / "t")
-    section = TrainSection(batch_size=8, epochs=3, lr=0.01, checkpoint_every=100)
+    section = TrainSection(batch_size=8, epochs=3, lr=0.01, checkpoint_every=100, patience=1)
 
-    def go(name: str, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+    def go(name: str, stop_at: int | None = None) -> tuple[dict[str, torch.Tensor], State]:
         def progress(stage: str, done: int, total: int) -> None:
             if done == stop_at:
                 raise KeyboardInterrupt
 
         lm.add_adapter(LoraSection(rank=4), 0)
         try:
-            train(lm, examples, [], section, RunDir(tmp_path / name), progress=progress)
-            return {n: p.detach().clone() for n, p in lm.trainable().items()}
+            state = train(lm, examples, examples[:3], section, RunDir(tmp_path / name), progress=progress)
+            return {n: p.detach().clone() for n, p in lm.trainable().items()}, state
         except KeyboardInterrupt:
-            return {}
+            return {}, State()
         finally:
             lm.remove_adapter()
 
     with monkeypatch.context() as patched:
         memory_for(1, patched, kept=False)
-        straight = go("straight")
-        assert not go("broken", 2)
+        straight, whole = go("straight")
+        assert not go("broken", 2)[0]  # its one checkpoint is of step 0, the held-out rows measured
     passes = memory_for(8, monkeypatch)  # there is room now
-    resumed = go("broken")
+    resumed, state = go("broken")
     assert set(passes) == {1}
+    assert whole.step == 6 and dataclasses.replace(state, seconds=whole.seconds) == whole
     assert len(straight) > 10 and all(torch.equal(straight[name], resumed[name]) for name in straight)
+    logs = [RunDir(tmp_path / name).read_jsonl("metrics.jsonl") for name in ("straight", "broken")]
+    timeless = [[{k: v for k, v in x.items() if k != "seconds"} for x in found] for found in logs]
+    assert timeless[0] == timeless[1] and [x["event"] for x in logs[1]].count("memory") == whole.savings > 0
     assert not lm.model.is_activation_checkpointing
 
 

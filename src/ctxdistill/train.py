@@ -250,14 +250,14 @@ def train(
 
     state = restore(run, parameters, optimizer)
     if main:
-        drop_later_metrics(run, state.step)
+        drop_later_metrics(run, state.step if state != State() else -1)
     wanted, section = section, saving(section, state.savings)
     lm.training(True)
     lm.recompute(section.gradient_checkpointing)
     model = Step.of_all(lm)
     source = source or Plain(examples, section, steps)
     known, replays = range(0), dict[str, Replay]()
-    if state.step == 0 and validation:
+    if validation and state.best_loss == math.inf:  # a checkpoint of step 0 has it already
         validate(lm, validation, section, state, per_epoch, run, parameters, log)
 
     while state.step < steps and not state.stopped:
@@ -524,7 +524,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], str]:
 
 
 def drop_later_metrics(run: RunDir, step: int) -> None:
-    """Forget log lines of steps that will be taken again."""
+    """Forget log lines of what will be done again, which is all that is behind `step`."""
     if (run / "metrics.jsonl").exists():
-        kept = (line for line in run.lines("metrics.jsonl") if step > 0 and line["step"] <= step)
+        kept = (line for line in run.lines("metrics.jsonl") if line["step"] <= step)
         run.write_jsonl("metrics.jsonl", kept)
