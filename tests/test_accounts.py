@@ -16,6 +16,7 @@ import tiny
 from ctxdistill import accounts
 from ctxdistill.accounts import Peak, cost, forward_flops, notes, training_flops
 from ctxdistill.dataset import prepare
+from ctxdistill.display import pays_off
 from ctxdistill.lm import LM
 from ctxdistill.recipe import LoraSection, ModelSection, Recipe
 
@@ -152,6 +153,18 @@ def test_when_a_run_pays_off_by_hand(job: Path) -> None:
     other = {"table": {"in_context": short, "distilled": long}, "ms_saved": None}
     never = cost(recipe, other, {"total": 100.0}, 40_000)
     assert [never[name] for name in ("break_even_requests", "break_even_money", "break_even_tokens")] == [None] * 3
+
+
+def test_a_run_pays_off_with_its_last_request_not_the_one_before(job: Path) -> None:
+    """149 tokens are earned back at 100 a request with the second, 1.49 s at 1 s, and money at the same rate."""
+    prices = {"machine_hour": 3600.0, "per_million_tokens": 1e4}
+    recipe = Recipe.from_dict(tiny.recipe_dict(job, cost=prices), base_dir=job)
+    table = {arm: {"prompt_tokens": {"mean": n}} for arm, n in (("in_context", 120.0), ("distilled", 20.0))}
+    saved = {"mean": 1000.0, "low": 900.0, "high": 1100.0, "n": 24}
+    found = cost(recipe, {"table": table, "ms_saved": saved}, {"total": 1.49}, 149)
+    assert found["break_even_requests"] == pytest.approx(1.49) and found["break_even_tokens"] == pytest.approx(1.49)
+    said = [line for line in pays_off(found) if line.startswith("pays off")]
+    assert len(said) == 3 and all(line.startswith("pays off after 2 requests") for line in said)
 
 
 def test_what_a_reader_must_know(job: Path) -> None:

@@ -88,7 +88,7 @@ def spent(
 
 def cost(recipe: Recipe, result: Mapping[str, Any], seconds: dict[str, float], tokens: int) -> dict[str, Any]:
     """What a request saves, by the tables of `evaluation.json`, and after how many requests the `seconds` and `tokens` spent are
-    earned back: in time only where the timed rows show that one is quicker."""
+    earned back (not rounded): in time only where the timed rows show that one is quicker."""
     teacher, student, timed = result["table"]["in_context"], result["table"]["distilled"], result["ms_saved"]
     saved = teacher["prompt_tokens"]["mean"] - student["prompt_tokens"]["mean"]
     quicker = timed is not None and timed["low"] > 0
@@ -96,15 +96,15 @@ def cost(recipe: Recipe, result: Mapping[str, Any], seconds: dict[str, float], t
     c = recipe.cost
     if c.per_million_tokens and c.machine_hour and saved > 0:
         requests = seconds["total"] / 3600 * c.machine_hour / (saved * c.per_million_tokens / 1e6)
-        money = {"requests": round(requests), "days": requests / c.requests_per_day if c.requests_per_day else None}
+        money = {"requests": requests, "days": requests / c.requests_per_day if c.requests_per_day else None}
     return {
         "seconds": seconds,
         "prompt_tokens_saved": saved,
         "ms_saved": timed,
-        "break_even_requests": round(1000 * seconds["total"] / timed["mean"]) if quicker else None,
+        "break_even_requests": 1000 * seconds["total"] / timed["mean"] if quicker else None,
         "break_even_money": money,
         "training_tokens": tokens,
-        "break_even_tokens": round(tokens / saved) if saved > 0 else None,
+        "break_even_tokens": tokens / saved if saved > 0 else None,
     }
 
 
