@@ -329,6 +329,28 @@ def test_two_at_once_are_refused(folder: Path) -> None:
     lock.release()
 
 
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(folder: Path) -> None:
+    only = {"demos": [2], "sets": [0], "arms": ["in_context"]}
+    study(grid(folder, grid=only), folder / "out")
+    before = {
+        path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file() and path.name != ".lock"
+    }
+    for other, found in (
+        (grid(folder, name="else", grid=only), "the study 'tiny'"),
+        (grid(folder, tasks={"names": ["other"]}, grid=only), "opt-updown-n2-set0-in_context"),
+    ):
+        with pytest.raises(RunError, match="belongs to another study") as caught:
+            study(other, folder / "out")
+        assert found in caught.value.found and "--out" in caught.value.fix
+        assert all(path.read_bytes() == raw for path, raw in before.items())
+    study(grid(folder, tasks={"names": ["updown", "other"]}, grid=only), folder / "out")  # a grown grid goes on
+    assert len(cells(folder / "out")) == 2
+    (folder / "run").mkdir()
+    (folder / "run/recipe.json").write_text("{}")
+    with pytest.raises(RunError, match="not empty and is not a study's folder"):
+        study(grid(folder, grid=only), folder / "run")
+
+
 def compat(folder: Path, **sections: Any) -> Study:
     """The shipped study of the authors' procedure, on a tiny task whose out-of-domain rows are drawn as those of HANS."""
     raw = studies_file("paper-compat")

@@ -32,13 +32,13 @@ from ctxdistill.arms import Arm
 from ctxdistill.cells import Bench, run_cell
 from ctxdistill.cluster import fan_out
 from ctxdistill.draws import Draw, draw, held_out, without
-from ctxdistill.errors import CtxDistillError, FitError, ModelError, TrainError
+from ctxdistill.errors import CtxDistillError, FitError, ModelError, RunError, TrainError
 from ctxdistill.grid import Cell, Study, cell_key, model_label
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection
 from ctxdistill.retention import Format, format_following, formats, perplexity, problems, texts
 from ctxdistill.rows import Row
-from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress, write_atomic
+from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress, reading, write_atomic
 from ctxdistill.tasks import TASKS, Pattern, Task, load
 
 log = logging.getLogger("ctxdistill")
@@ -74,12 +74,14 @@ def study(
         paper_csv: the paper's runs, to be shown beside ours (see `analysis.analyse`).
         ray: the address of a Ray cluster that computes the cells, or `local`; unset: this process.
 
-    Raises: `CtxDistillError` when the data or a model cannot be had; a cell's own trouble becomes its row.
+    Raises: `RunError` when the folder holds another study, or something else; `CtxDistillError` when the data or a model
+    cannot be had; a cell's own trouble becomes its row.
     """
     progress = progress or no_progress
-    folder = RunDir(out or Path("runs") / (grid.name or "study"))
+    folder = RunDir(out or Path("runs") / name_of(grid))
     folder.lock()
     try:
+        check_owner(folder, grid)
         tasks = {name: read_task(grid, name) for name in grid.tasks.names}
         folder.write_json("study_recipe.json", describe(grid, tasks))
         cells = grid.cells()
@@ -339,6 +341,35 @@ def measured(grid: Study, name: str, rows: list[Row], limit: int, seed: int) -> 
 # -- the folder -------------------------------------------------------------------------------------------------------
 
 
+def name_of(grid: Study) -> str:
+    return grid.name or "study"
+
+
+def check_owner(folder: RunDir, grid: Study) -> None:
+    """Raise `RunError` for a folder of something else: a study of another name, or one none of whose cells is in `grid`. A
+    grid may grow, and its settings may change."""
+    if not (folder / "study_recipe.json").is_file():
+        strangers = [p.name for p in folder.path.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")]
+        if strangers:
+            raise RunError(
+                f"{folder.path} is not empty and is not a study's folder",
+                found=", ".join(sorted(strangers)[:5]),
+                fix="choose a new folder with --out",
+            )
+        return
+    with reading(folder.path):
+        name = str(folder.read_json("study_recipe.json")["name"])
+    there = sorted(path.parent.name for path in (folder / "cells").glob("*/cell.json"))
+    strange = bool(there) and not {cell.id for cell in grid.cells()}.intersection(there)
+    if name != name_of(grid) or strange:
+        raise RunError(
+            f"{folder.path} belongs to another study",
+            expected=f"the study {name_of(grid)!r}" + (", with cells of its grid" if strange else ""),
+            found=f"the study {name!r}" + (f", with cells such as {there[0]}" if strange else ""),
+            fix="choose another folder with --out, or delete this one",
+        )
+
+
 def finished(folder: RunDir, grid: Study, cell: Cell, retry: bool) -> bool:
     """Whether the cell is there, made with the same values."""
     run = RunDir(folder / "cells" / cell.id)
@@ -353,7 +384,7 @@ def describe(grid: Study, tasks: dict[str, TaskRows]) -> dict[str, Any]:
     arms: list[tuple[str, Arm]] = [(name, grid.arm(name)) for name in grid.grid.arms]
     versions = {n: importlib.metadata.version(n) for n in ("ctxdistill", "torch", "transformers", "peft")}
     return {
-        "name": grid.name or "study",
+        "name": name_of(grid),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {**versions, "python": platform.python_version()},
         "models": [{"name": model_label(name), "label": model_label(name)} for name in grid.model.names],
