@@ -145,6 +145,20 @@ def test_finished_cells_are_kept_and_changed_ones_made_again(folder: Path, monke
     assert len(made) == 7 + 4  # a grown grid
 
 
+def test_cells_of_other_settings_are_counted_and_the_settings_named(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ctxdistill")
+    small = {"demos": [2], "sets": [0], "arms": ["zero_shot", "in_context"]}
+    for rows, sets in ((11, [0]), (11, [0]), (12, [0, 1])):
+        caplog.clear()
+        study(grid(folder, grid=small | {"sets": sets}, eval={"rows": rows}), folder / "out")
+        said = [line for line in caplog.messages if "settings" in line]
+        if rows == 11:
+            assert not said
+    assert said == ["finished cells of other settings (eval.rows), computed again: 2"]
+
+
 def test_a_cell_does_not_depend_on_what_ran_before_it(folder: Path) -> None:
     only = {"demos": [4], "sets": [1], "arms": ["cd_many"]}
     study(grid(folder), folder / "all")

@@ -509,8 +509,8 @@ def study(
 ) -> None:
     """Compare in-context learning, fine-tuning and distillation.
 
-    On the same rows, with a page about it. Run it again to go on: finished cells are kept. A cell that cannot be computed
-    becomes a row with its reason.
+    On the same rows, with a page about it. Run it again to go on: finished cells are kept, unless a setting that they
+    depend on has changed. A cell that cannot be computed becomes a row with its reason.
 
     Example: ctxdistill study recipes/small.toml tasks.root=data --out runs/small
     """

@@ -42,6 +42,8 @@ from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress, readin
 from ctxdistill.tasks import TASKS, Pattern, Task, load
 
 log = logging.getLogger("ctxdistill")
+GROWS = {"model.names", "tasks.names", "grid.demos", "grid.sets", "grid.arms"}
+"""What may change without changing a cell."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,15 @@ def study(
     folder = RunDir(out or Path("runs") / name_of(grid))
     folder.lock()
     try:
-        check_owner(folder, grid)
+        before = check_owner(folder, grid)
         tasks = {name: read_task(grid, name) for name in grid.tasks.names}
-        folder.write_json("study_recipe.json", describe(grid, tasks))
         cells = grid.cells()
-        todo = [cell for cell in cells if not finished(folder, grid, cell, retry)]
+        kept, stale = records(folder, grid)
+        if stale:
+            names = ", ".join(changed(before, grid.to_dict()))
+            log.info("finished cells of other settings%s, computed again: %d", names and f" ({names})", len(stale))
+        folder.write_json("study_recipe.json", describe(grid, tasks))
+        todo = [cell for cell in cells if cell.id not in kept or (retry and kept[cell.id]["status"] != "done")]
         done = len(cells) - len(todo)
         if done:
             log.info("%d of %d cells are finished", done, len(cells))
@@ -345,9 +351,11 @@ def name_of(grid: Study) -> str:
     return grid.name or "study"
 
 
-def check_owner(folder: RunDir, grid: Study) -> None:
-    """Raise `RunError` for a folder of something else: a study of another name, or one none of whose cells is in `grid`. A
-    grid may grow, and its settings may change."""
+def check_owner(folder: RunDir, grid: Study) -> dict[str, Any]:
+    """The values that the folder's study had; none for a new folder. A grid may grow, and its settings may change.
+
+    Raises: `RunError` for a folder of something else: a study of another name, or one none of whose cells is in `grid`.
+    """
     if not (folder / "study_recipe.json").is_file():
         strangers = [p.name for p in folder.path.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")]
         if strangers:
@@ -356,9 +364,10 @@ def check_owner(folder: RunDir, grid: Study) -> None:
                 found=", ".join(sorted(strangers)[:5]),
                 fix="choose a new folder with --out",
             )
-        return
+        return {}
     with reading(folder.path):
-        name = str(folder.read_json("study_recipe.json")["name"])
+        stored = folder.read_json("study_recipe.json")
+        name, values = str(stored["name"]), dict(stored["study"])
     there = sorted(path.parent.name for path in (folder / "cells").glob("*/cell.json"))
     strange = bool(there) and not {cell.id for cell in grid.cells()}.intersection(there)
     if name != name_of(grid) or strange:
@@ -368,15 +377,27 @@ def check_owner(folder: RunDir, grid: Study) -> None:
             found=f"the study {name!r}" + (f", with cells such as {there[0]}" if strange else ""),
             fix="choose another folder with --out, or delete this one",
         )
+    return values
 
 
-def finished(folder: RunDir, grid: Study, cell: Cell, retry: bool) -> bool:
-    """Whether the cell is there, made with the same values."""
-    run = RunDir(folder / "cells" / cell.id)
-    if not (run / "cell.json").is_file():
-        return False
-    record = run.read_json("cell.json")
-    return record["key"] == cell_key(grid, cell) and not (retry and record["status"] != "done")
+def records(folder: RunDir, grid: Study) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was written down of the cells of `grid`, by id: of those made with the same values, and of others."""
+    kept: dict[str, Any] = {}
+    stale: dict[str, Any] = {}
+    for cell in grid.cells():
+        run = RunDir(folder / "cells" / cell.id)
+        if (run / "cell.json").is_file():
+            record = run.read_json("cell.json")
+            (kept if record["key"] == cell_key(grid, cell) else stale)[cell.id] = record
+    return kept, stale
+
+
+def changed(old: Any, new: Any, name: str = "") -> list[str]:
+    """The keys of a study whose values differ, but for those by which a grid grows."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = {**old, **new}
+        return [k for key in keys for k in changed(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if old == new or name in GROWS else [name]
 
 
 def describe(grid: Study, tasks: dict[str, TaskRows]) -> dict[str, Any]:
