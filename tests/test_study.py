@@ -456,7 +456,11 @@ def test_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     (folder / "s.toml").write_text(text)
     assert cli.main(["study", str(folder / "s.toml"), "grid.queries=4", "--out", str(folder / "out"), "--json"]) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["report"] == str(folder / "out/report.html")
+    found = json.loads(captured.out)
+    assert found["report"] == str(folder / "out/report.html") and found["study"] == str(folder / "out/study.json")
+    assert found["claims"] == json.loads((folder / "out/study.json").read_text())["claims"] and found["claims"]
+    assert found["cells"] == {"done": 2, "infeasible": 0, "failed": 0}
+    assert found["reasons"] == {}
     assert "2 cells" in captured.err
     (folder / "out/report.html").unlink()
     assert cli.main(["report", str(folder / "out")]) == 0 and (folder / "out/report.html").is_file()
@@ -468,3 +472,32 @@ def test_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["study"]) == 2 and "--tasks" in capsys.readouterr().err
     assert cli.main(["study", str(folder / "nothing.toml")]) == 2
     assert study_report.write_report(folder / "out").name == "report.html"
+
+
+def test_the_command_line_says_what_came_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (
+        '[model]\nnames = ["opt"]\nwindow = 32\n[tasks]\nnames = ["updown"]\nroot = "."\n'
+        '[grid]\ndemos = [16]\nsets = [0]\nqueries = 4\narms = ["in_context", "zero_shot"]\n[eval]\nlatency_rows = 0\n'
+    )
+    (folder / "s.toml").write_text(text)
+    line = ["study", str(folder / "s.toml"), "--out", str(folder / "out")]
+    assert cli.main(line) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "cells: 1 done, 1 did not fit (--retry computes it again)"
+    assert "opt-updown-n16-set0-in_context" in said[1] and "at most 32 tokens" in said[1]  # the reason, in one line
+    verdicts = [text for text in said if text.startswith("not decidable: ")]
+    assert len(verdicts) == 4 and "In domain, a student matches in-context learning" in verdicts[0]
+    assert [text.partition(": ")[2] for text in said[-2:]] == [
+        f"{folder / 'out/report.html'} and report.md",
+        str(folder / "out/study.json"),
+    ]
+    assert cli.main([*line, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "2 of 2 cells are finished (1 did not fit: --retry)" in captured.err
+    found = json.loads(captured.out)
+    assert found["cells"] == {"done": 1, "infeasible": 1, "failed": 0}
+    assert found["reasons"]["infeasible"]["cell"] == "opt-updown-n16-set0-in_context"
+    assert cli.main([*line, 'grid.arms=["in_context"]', "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)["error"]
+    assert "no cell" in found["message"] and "1 did not fit" in found["found"] and "--retry" in found["fix"]
+    assert str(folder / "out/report.html") in found["fix"]

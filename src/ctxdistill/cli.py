@@ -537,7 +537,9 @@ def study(
         from ctxdistill import study as studies
 
         page = studies.study(loaded, folder, retry=retry, paper_csv=paper, ray=ray, progress=watcher)
-    _say_page(page, as_json)
+        found = {"report": str(page), "text": str(page.with_suffix(".md")), "study": str(folder / "study.json")}
+        found |= studies.outcome(loaded, folder)
+    _json(found) if as_json else display.study(display.console(), found)
 
 
 @app.command()

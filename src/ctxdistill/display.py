@@ -43,9 +43,11 @@ from ctxdistill.results import (
     crosstalk_table,
     examples,
     finite,
+    in_one_line,
     in_time,
     result_table,
     shorter,
+    tally,
     verdict,
 )
 
@@ -288,6 +290,19 @@ def grid(out: Console, found: dict[str, Any]) -> None:
             table.add_row(plain(name), plain(value))
         out.print(table)
         out.print()
+
+
+def study(out: Console, found: Mapping[str, Any]) -> None:
+    """How many cells have a result and why others have none, what the claims come to, and where all of it is."""
+    holes = sum(found["cells"].values()) - found["cells"]["done"]
+    again = f" (--retry computes {'it' if holes == 1 else 'these'} again)" if holes else ""
+    say(out, f"cells: {tally(found['cells'])}{again}")
+    for status, first in found["reasons"].items():
+        say(out, f"  {tally({status: found['cells'][status]})}, first {first['cell']}: {in_one_line(first['reason'])}")
+    for claim in found["claims"]:
+        say(out, f"{claim['verdict']}: {claim['claim']}")
+    say(out, f"report: {found['report']} and {Path(found['text']).name}")
+    say(out, f"all numbers: {found['study']}")
 
 
 def composed(out: Console, path: Path, found: Mapping[str, Any]) -> None:

@@ -404,3 +404,14 @@ def in_time(saved: Mapping[str, Any] | None) -> str | None:
 def finite(value: Any) -> TypeGuard[float]:
     """A number that is neither missing nor NaN nor infinite."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def tally(counts: Mapping[str, int]) -> str:
+    """Numbers of cells by status, as words: `21 did not fit, 1 failed`."""
+    words = {"infeasible": "did not fit"}
+    return ", ".join(f"{count} {words.get(status, status)}" for status, count in counts.items() if count)
+
+
+def in_one_line(reason: str) -> str:
+    """A reason why a cell has no result, without line breaks."""
+    return "; ".join(line.strip() for line in reason.splitlines())

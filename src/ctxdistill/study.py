@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,6 +37,7 @@ from ctxdistill.errors import CtxDistillError, FitError, ModelError, RunError, T
 from ctxdistill.grid import Cell, Study, cell_key, model_label
 from ctxdistill.lm import LM
 from ctxdistill.recipe import ModelSection
+from ctxdistill.results import in_one_line, tally
 from ctxdistill.retention import Format, format_following, formats, perplexity, problems, texts
 from ctxdistill.rows import Row
 from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress, reading, write_atomic
@@ -77,7 +79,7 @@ def study(
         ray: the address of a Ray cluster that computes the cells, or `local`; unset: this process.
 
     Raises: `RunError` when the folder holds another study, or something else; `CtxDistillError` when the data or a model
-    cannot be had; a cell's own trouble becomes its row.
+    cannot be had; a cell's own trouble becomes its row. `RunError` in the end when no cell has a result.
     """
     progress = progress or no_progress
     folder = RunDir(out or Path("runs") / name_of(grid))
@@ -86,7 +88,7 @@ def study(
         before = check_owner(folder, grid)
         tasks = {name: read_task(grid, name) for name in grid.tasks.names}
         cells = grid.cells()
-        kept, stale = records(folder, grid)
+        kept, stale = read_records(folder, grid)
         if stale:
             names = ", ".join(changed(before, grid.to_dict()))
             log.info("finished cells of other settings%s, computed again: %d", names and f" ({names})", len(stale))
@@ -94,7 +96,9 @@ def study(
         todo = [cell for cell in cells if cell.id not in kept or (retry and kept[cell.id]["status"] != "done")]
         done = len(cells) - len(todo)
         if done:
-            log.info("%d of %d cells are finished", done, len(cells))
+            counts = Counter(record["status"] for record in kept.values() if record["status"] != "done")
+            holes = "" if retry else tally(counts)
+            log.info("%d of %d cells are finished%s", done, len(cells), holes and f" ({holes}: --retry)")
         if todo:
             progress(f"cells ({todo[0].id})", done, len(cells))
         for cell in spread(ray, grid, folder, todo) if ray else alone(grid, folder, tasks, todo, progress):
@@ -102,9 +106,35 @@ def study(
             progress(f"cells ({cell.id})", done, len(cells))
         if grid.grid.draw == "paper":
             write_authors_table(folder, grid)
-        return study_report.write_report(folder.path, paper_csv)
+        page = study_report.write_report(folder.path, paper_csv)
     finally:
         folder.release()
+    found = outcome(grid, folder.path)
+    if not found["cells"]["done"]:
+        first = next(iter(found["reasons"].values()))
+        raise RunError(
+            "no cell of the study has a result",
+            found=f"{tally(found['cells'])}; the first: {in_one_line(first['reason'])}",
+            fix=f"change what the reasons speak of, or compute the cells again with --retry; {page} lists all",
+        )
+    return page
+
+
+def outcome(grid: Study, folder: str | Path) -> dict[str, Any]:
+    """What came out of a study: `cells`, how many have a result (done), did not fit (infeasible) and failed; `reasons`, by
+    these words the first `cell` without a result and its `reason`; `claims`, what the paper's come to (see `analysis`)."""
+    by: dict[str, list[dict[str, Any]]] = {"done": [], "infeasible": [], "failed": []}
+    for record in read_records(RunDir(folder), grid)[0].values():
+        by[record["status"]].append(record)
+    return {
+        "cells": {status: len(some) for status, some in by.items()},
+        "reasons": {
+            status: {"cell": some[0]["id"], "reason": some[0]["reason"]}
+            for status, some in by.items()
+            if some and status != "done"
+        },
+        "claims": RunDir(folder).read_json("study.json")["claims"],
+    }
 
 
 def alone(
@@ -380,7 +410,7 @@ def check_owner(folder: RunDir, grid: Study) -> dict[str, Any]:
     return values
 
 
-def records(folder: RunDir, grid: Study) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_records(folder: RunDir, grid: Study) -> tuple[dict[str, Any], dict[str, Any]]:
     """What was written down of the cells of `grid`, by id: of those made with the same values, and of others."""
     kept: dict[str, Any] = {}
     stale: dict[str, Any] = {}
