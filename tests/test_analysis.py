@@ -275,7 +275,7 @@ def test_claims_that_the_numbers_support(tmp_path: Path) -> None:
 
     def cheap(value: Any) -> Any:
         if value.get("arm") == "cd_one":
-            value["cost"] |= {"labelled": 1, "teacher_flops": 1e9, "train_flops": 1e9}
+            value["cost"] |= {"teacher_flops": 1e9, "train_flops": 1e9}
         return value
 
     found = analyse(build_study(tmp_path / "s", demos=(16,), skill=skill, spread=0.002, change=cheap))
@@ -284,7 +284,8 @@ def test_claims_that_the_numbers_support(tmp_path: Path) -> None:
     assert (
         "SST-2 → cr, 16 demonstrations: distilled, one context minus in-context +" in found["claims"][1]["evidence"][0]
     )
-    assert "1 labelled examples against 16 (and 128 unlabelled queries)" in found["claims"][3]["evidence"][0]
+    said = "2e+09 FLOPs (16 labelled examples and 128 unlabelled queries) against 4e+12 (16 labelled examples): supports"
+    assert said in found["claims"][3]["evidence"][0]
 
 
 def test_claims_that_the_numbers_contradict(tmp_path: Path) -> None:
@@ -380,13 +381,15 @@ def test_what_decides_a_claim(claim: int, low: float, high: float, p: float, ver
     assert all(other["verdict"] == "not decidable" for other in found if other is not found[claim])
 
 
-@pytest.mark.parametrize(("labelled", "flops", "verdict"), [(8, 1e9, "yes"), (16, 1e9, "no"), (8, 1e12, "no")])
-def test_less_data_and_compute_means_both(labelled: int, flops: float, verdict: str) -> None:
+@pytest.mark.parametrize(
+    ("labelled", "flops", "verdict"), [(16, 1e9, "yes"), (8, 1e9, "yes"), (16, 1e12, "no"), (8, 2e12, "no"), (17, 1e9, "no")]
+)  # fmt: skip
+def test_less_compute_is_decided_by_flops_where_labels_are_not_more(labelled: int, flops: float, verdict: str) -> None:
     words = claims.Words({"models": [{"name": "m"}], "tasks": [{"name": "trec"}]}, ARMS)
     where = {"model": "m", "task": "trec", "n": 16}
     costs = [
-        {**where, "arm": "ft_lora", "labelled": 16, "flops": 1e12},
-        {**where, "arm": "cd_one", "labelled": labelled, "flops": flops},
+        {**where, "arm": "ft_lora", "labelled": 16, "unlabelled": 0, "flops": 1e12},
+        {**where, "arm": "cd_one", "labelled": labelled, "unlabelled": 128, "flops": flops},
     ]
     assert claims.verdicts([], costs, [], words)[3]["verdict"] == verdict
 

@@ -93,6 +93,15 @@ def test_the_page_shows_every_part(full: Path) -> None:
     assert text.index("not decidable") < text.index("What cannot be concluded") < text.index("TREC 3 labels")
 
 
+def test_what_a_claim_is_about_is_read_without_opening_anything(full: Path) -> None:
+    scope = "whatever accuracy they buy"
+    text = (full.parent / "report.md").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if "needs less compute than few-shot fine-tuning" in line]
+    assert scope in line
+    folded = "".join(re.findall(r"<details.*?</details>", html := full.read_text(encoding="utf-8"), re.DOTALL))
+    assert scope in html and scope not in folded
+
+
 def test_claims_come_before_everything_else(full: Path) -> None:
     page = Page(full.read_text(encoding="utf-8"))
     ids = [a["id"] for tag, a in page.tags if tag in ("section", "h2") and "id" in a]

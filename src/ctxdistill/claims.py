@@ -87,8 +87,8 @@ def verdicts(
     2. Out of domain, it beats in-context learning. Yes in a cell that is above; no in one that is below.
     3. In domain, few-shot fine-tuning stays ahead of it (the paper: it does not reach fine-tuning). Yes in a cell that is
        below one of the fine-tuned arms; no in one whose intervals lie above -`MARGIN` against all of them.
-    4. It needs less data and compute than few-shot fine-tuning. Counted, not estimated: yes where both labelled examples
-       and FLOPs (teacher's included) are fewer, else no.
+    4. At the same number of labelled examples, it needs less compute than few-shot fine-tuning. Counted, not estimated: yes
+       where FLOPs (teacher's included) are fewer and labelled examples not more, else no.
     """
     deciding = {(t["model"], t["task"], t["n"]) for t in where_taught if t["taught"] and t["sets"] >= MIN_SETS}
     student = words.arms.get(STUDENT, "distilled")
@@ -220,14 +220,18 @@ def _cost_claim(costs: Sequence[Mapping[str, Any]], words: Words) -> Data:
         pairs = {name: (mine.get(name), tuned.get(name)) for name in ("labelled", "flops")}
         if not all(finite(value) for pair in pairs.values() for value in pair):
             continue
-        less = [mine[name] < tuned[name] for name in pairs]
-        outcomes.append("yes" if all(less) else "no")
+        less = mine["flops"] < tuned["flops"] and mine["labelled"] <= tuned["labelled"]
+        outcomes.append("yes" if less else "no")
         evidence.append(
-            f"{words.where({'model': model, 'task': task, 'n': n})}, against {words.arms[arm]}: "
-            f"{mine['labelled']:,.0f} labelled examples against {tuned['labelled']:,.0f}"
-            + (f" (and {mine['unlabelled']:,.0f} unlabelled queries)" if finite(mine.get("unlabelled")) else "")
-            + f", {mine['flops']:.2g} FLOPs against {tuned['flops']:.2g}: {_said(outcomes[-1])}."
+            f"{words.where({'model': model, 'task': task, 'n': n})}, against {words.arms[arm]}: {mine['flops']:.2g} FLOPs "
+            f"({_data(mine)}) against {tuned['flops']:.2g} ({_data(tuned)}): {_said(outcomes[-1])}."
         )
-    scope = "counts at the same number of demonstrations, whatever accuracy they buy"
-    claim = "A student needs less data and compute than few-shot fine-tuning."
+    scope = "FLOPs of teacher and training together, whatever accuracy they buy"
+    claim = "At the same number of labelled examples, a student needs less compute than few-shot fine-tuning."
     return _decided(claim, outcomes, evidence, scope)
+
+
+def _data(cost: Mapping[str, Any]) -> str:
+    """`16 labelled examples and 128 unlabelled queries`."""
+    unlabelled = f" and {cost['unlabelled']:,.0f} unlabelled queries" if cost.get("unlabelled") else ""
+    return f"{cost['labelled']:,.0f} labelled examples{unlabelled}"
