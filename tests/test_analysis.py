@@ -284,7 +284,9 @@ def test_claims_that_the_numbers_support(tmp_path: Path) -> None:
     assert (
         "SST-2 → cr, 16 demonstrations: distilled, one context minus in-context +" in found["claims"][1]["evidence"][0]
     )
-    said = "2e+09 FLOPs (16 labelled examples and 128 unlabelled queries) against 4e+12 (16 labelled examples): supports"
+    said = (
+        "2e+09 FLOPs (16 labelled examples and 128 unlabelled queries) against 4e+12 (16 labelled examples): supports"
+    )
     assert said in found["claims"][3]["evidence"][0]
 
 
@@ -314,6 +316,10 @@ def test_tasks_where_nothing_can_be_taught_are_named_and_decide_nothing(tmp_path
     assert verdicts(found)[:3] == ["not decidable"] * 3
     (said,) = [line for line in found["limits"] if line.startswith("TREC, 16 demonstrations: nothing to teach")]
     assert "not shown to be better than always giving one answer" in said
+    assert "decides no claim about accuracy" in said  # that on compute is decided
+    assert [claim["evidence"] for claim in found["claims"][:3]] == [
+        ["Nothing to teach in any cell."], ["Nothing to teach in the only cell."], ["Nothing to teach in any cell."]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("sets", [(0,), (0, 1)])
@@ -323,6 +329,8 @@ def test_fewer_than_three_sets_decide_nothing(tmp_path: Path, sets: tuple[int, .
     assert verdicts(found)[:3] == ["not decidable"] * 3
     assert found["limits"][0].startswith(f"With {len(sets)} demonstration set")
     assert "nothing can be concluded about other demonstrations" in found["limits"][0]
+    assert "no claim about accuracy is decided" in found["limits"][0]
+    assert found["claims"][0]["evidence"] == ["Fewer than 3 demonstration sets in every cell."]
     row = only(found["table"], task="trec", n=16, arm="cd_one")
     assert row["low"] < row["mean"] < row["high"]
     assert (row["sd"] is None) == (len(sets) == 1)
@@ -392,6 +400,45 @@ def test_less_compute_is_decided_by_flops_where_labels_are_not_more(labelled: in
         {**where, "arm": "cd_one", "labelled": labelled, "unlabelled": 128, "flops": flops},
     ]
     assert claims.verdicts([], costs, [], words)[3]["verdict"] == verdict
+
+
+def test_a_claim_that_nothing_decides_says_why() -> None:
+    recipe = {"models": [{"name": "m"}], "tasks": [{"name": "trec", "ood": []}]}
+    gains = [comparison("in_context", b, 0.1, 0.2) for b in ("zero_shot", "constant")]
+    taught = claims.taught(gains)
+
+    def said(rows: list[dict[str, Any]], arms: list[dict[str, Any]] = ARMS, costs: Any = ()) -> list[str]:
+        return [claim["evidence"][0] for claim in claims.verdicts(rows, costs, taught, claims.Words(recipe, arms))]
+
+    apart = "Not measured on the same rows and demonstration sets in any cell."
+    assert said(gains) == [
+        apart,
+        "The study has no out-of-domain set.",
+        apart,
+        "FLOPs of both are not known in any cell.",
+    ]
+    bare = [arm for arm in ARMS if arm["name"] == "in_context"]
+    assert [said(gains, bare)[i] for i in (0, 3)] == ["The study has no arm cd_one."] * 2
+    untuned = [arm for arm in ARMS if arm["family"] != "finetune"]
+    assert [said(gains, untuned)[i] for i in (2, 3)] == ["The study has no fine-tuned arm."] * 2
+    few = {**comparison("cd_one", "in_context", 0.1, 0.2), "sets": 2}
+    other = {**comparison("cd_one", "in_context", 0.1, 0.2), "n": 4}
+    assert said([*gains, few])[0] == "Fewer than 3 demonstration sets in the only cell."
+    assert said([*gains, few, other])[0] == (
+        "Fewer than 3 demonstration sets in 1 cell, not known whether there is anything to teach in 1 cell."
+    )
+
+
+def test_a_comparison_on_fewer_than_three_sets_decides_nothing(tmp_path: Path) -> None:
+    folder = build_study(tmp_path / "s", demos=(16,), skill={**SKILL, "cd_one": 0.80}, tasks=TASKS[1:], spread=0.002)
+    assert verdicts(analyse(folder))[:2] == ["yes", "yes"]
+    for number in (0, 1):
+        edit(folder, f"tiny-sst2-n16-set{number}-cd_one", status="infeasible", reason="too long")
+        (folder / "cells" / f"tiny-sst2-n16-set{number}-cd_one" / "scores.jsonl").write_text("")
+    found = analyse(folder)
+    assert only(found["comparisons"], a="cd_one", b="in_context", domain="in")["sets"] == 2
+    assert verdicts(found)[:3] == ["not decidable"] * 3
+    assert found["claims"][0]["evidence"] == ["Fewer than 3 demonstration sets in the only cell."]
 
 
 def test_fine_tuning_stays_ahead_where_one_arm_does_and_falls_behind_where_none_does() -> None:

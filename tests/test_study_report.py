@@ -224,7 +224,7 @@ def test_a_study_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
         (cell / "cell.json").unlink()
     text = text_of(write_report(folder))
     assert "not run: the study is not finished" in text
-    assert "Nothing in this study can decide it." in text
+    assert "Not measured on the same rows and demonstration sets in any cell." in text
 
 
 def test_nothing_in_data_becomes_markup(hostile: Path) -> None:

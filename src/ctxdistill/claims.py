@@ -8,6 +8,7 @@ contradicts it, and is not decidable otherwise; fewer than `MIN_SETS` demonstrat
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from ctxdistill.stats import MIN_SETS, Z95
 
 Data = dict[str, Any]
 Outcome = Literal["yes", "no", "open"]
+Judge = Callable[[Sequence[Mapping[str, Any]]], Outcome | str]
 
 MARGIN = 0.02
 """Two points of accuracy: a student closer than this to its teacher matches it."""
@@ -32,6 +34,7 @@ class Words:
         self.models = {m["name"]: str(m.get("label") or m["name"]) for m in recipe["models"]}
         self.tasks = {t["name"]: str(t.get("title") or t["name"]) for t in recipe["tasks"]}
         self.arms = {a["name"]: str(a.get("label") or a["name"]) for a in arms}
+        self.outside = any(t.get("ood") for t in recipe["tasks"])
         # on the same n demonstrations: fine-tuning on those of many contexts is another question
         self.tuned = [a["name"] for a in arms if a["family"] == "finetune" and a.get("context") != "many"]
 
@@ -90,27 +93,30 @@ def verdicts(
     4. At the same number of labelled examples, it needs less compute than few-shot fine-tuning. Counted, not estimated: yes
        where FLOPs (teacher's included) are fewer and labelled examples not more, else no.
     """
-    deciding = {(t["model"], t["task"], t["n"]) for t in where_taught if t["taught"] and t["sets"] >= MIN_SETS}
+    taught = {(t["model"], t["task"], t["n"]): t for t in where_taught}
     student = words.arms.get(STUDENT, "distilled")
 
-    def rows(domain: str, against: Sequence[str]) -> list[Mapping[str, Any]]:
-        found = [r for r in comparisons if r["a"] == STUDENT and r["b"] in against and r["domain"] == domain]
-        return [r for r in found if (r["model"], r["task"], r["n"]) in deciding]
+    def claim(text: str, domain: str, against: Sequence[str], judge: Judge, scope: str) -> Data:
+        rows = [r for r in comparisons if r["a"] == STUDENT and r["b"] in against and r["domain"] == domain]
+        found = [(group, _hindrance(group, taught)) for group in _by_cell(rows)]
+        outcomes = [(judge(group), group) for group, hindrance in found if not hindrance]
+        evidence = [f"{words.difference(row)}: {_said(outcome)}." for outcome, group in outcomes for row in group]
+        why = _absent(words, domain, against) or _hindrances([hindrance for _, hindrance in found])
+        return _decided(text, [outcome for outcome, _ in outcomes], evidence or [why], scope)
 
     scope = f"{student}, one demonstration set per student; cells where the context teaches something decide"
     return [
-        _claim(
+        claim(
             f"In domain, a student matches in-context learning (within {100 * MARGIN:.0f} points).",
-            _by_cell(rows("in", [TEACHER]), _matches), scope, words,
+            "in", [TEACHER], _matches, scope,
         ),
-        _claim(
+        claim(
             "Out of domain, a student beats in-context learning.",
-            _by_cell(rows("out", [TEACHER]), lambda r: {"above": "yes", "below": "no"}.get(_only(r)["reading"], "open")),
-            scope, words,
+            "out", [TEACHER], lambda r: {"above": "yes", "below": "no"}.get(_only(r)["reading"], "open"), scope,
         ),
-        _claim(
+        claim(
             "In domain, few-shot fine-tuning stays ahead of a student.",
-            _by_cell(rows("in", words.tuned), _short_of_tuning), f"{scope}; against every fine-tuned arm", words,
+            "in", words.tuned, _short_of_tuning, f"{scope}; against every fine-tuned arm",
         ),
         _cost_claim(costs, words),
     ]  # fmt: skip
@@ -129,7 +135,8 @@ def limits(
     if 0 < sets < MIN_SETS:
         found.append(
             f"With {some}, how much results change from one choice of demonstrations to the next is not known: intervals "
-            "and p-values are over rows only, nothing can be concluded about other demonstrations, and no claim is decided."
+            "and p-values are over rows only, nothing can be concluded about other demonstrations, and no claim about "
+            "accuracy is decided."
         )
     elif 0 < sets < 6:
         found.append(
@@ -153,7 +160,7 @@ def limits(
         for task, name in drawn_anew
     ]
     found += [
-        f"{words.where(cell)}: nothing to teach, so that it decides no claim ({cell['reason']})."
+        f"{words.where(cell)}: nothing to teach, so that it decides no claim about accuracy ({cell['reason']})."
         for cell in where_taught
         if not cell["taught"]
     ]
@@ -181,19 +188,47 @@ def _short_of_tuning(rows: Sequence[Mapping[str, Any]]) -> Outcome:
     return "no" if all(row["low"] > -MARGIN for row in rows) else "open"
 
 
-def _by_cell(
-    rows: Sequence[Mapping[str, Any]], judge: Callable[[Sequence[Mapping[str, Any]]], Outcome | str]
-) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Each cell's outcome and the comparisons behind it."""
+def _by_cell(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The comparisons of each cell."""
     groups: dict[tuple[str, str, int, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["task"], row["n"], row["set"]), []).append(row)
-    return [(judge(group), group) for group in groups.values()]
+    return list(groups.values())
 
 
-def _claim(claim: str, found: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], scope: str, words: Words) -> Data:
-    evidence = [f"{words.difference(row)}: {_said(outcome)}." for outcome, rows in found for row in rows]
-    return _decided(claim, [outcome for outcome, _ in found], evidence, scope)
+def _hindrance(
+    rows: Sequence[Mapping[str, Any]], taught: Mapping[tuple[str, str, int], Mapping[str, Any]]
+) -> str | None:
+    """Why a cell decides nothing, if so."""
+    cell = taught.get((rows[0]["model"], rows[0]["task"], rows[0]["n"]))
+    if any(row["sets"] < MIN_SETS for row in (*rows, *filter(None, [cell]))):
+        return f"fewer than {MIN_SETS} demonstration sets"
+    if not cell:
+        return "not known whether there is anything to teach"
+    return None if cell["taught"] else "nothing to teach"
+
+
+def _hindrances(found: Sequence[str | None]) -> str:
+    """What keeps all the cells of a claim from deciding it, as a sentence."""
+    reasons = Counter(filter(None, found))
+    if not reasons:
+        text = "not measured on the same rows and demonstration sets in any cell"
+    elif len(reasons) > 1:
+        text = ", ".join(f"{reason} in {count} cell{'s' * (count != 1)}" for reason, count in reasons.items())
+    else:
+        (reason,) = reasons
+        text = f"{reason} in {'the only' if len(found) == 1 else 'any' if reason.startswith('no') else 'every'} cell"
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _absent(words: Words, domain: str, against: Sequence[str]) -> str | None:
+    """What a study would need to say anything about a claim, if it lacks it."""
+    for name in [STUDENT, *([TEACHER] if TEACHER in against else [])]:
+        if name not in words.arms:
+            return f"The study has no arm {name}."
+    if not against:
+        return "The study has no fine-tuned arm."
+    return "The study has no out-of-domain set." if domain == "out" and not words.outside else None
 
 
 def _decided(claim: str, outcomes: Sequence[str], evidence: list[str], scope: str) -> Data:
@@ -201,7 +236,7 @@ def _decided(claim: str, outcomes: Sequence[str], evidence: list[str], scope: st
     verdict = "no" if counts["no"] else "yes" if outcomes and not counts["open"] else "not decidable"
     return {
         **{"claim": claim, "verdict": verdict, "counts": counts},
-        "evidence": evidence or ["Nothing in this study can decide it."],
+        "evidence": evidence,
         "scope": scope,
     }
 
@@ -228,7 +263,8 @@ def _cost_claim(costs: Sequence[Mapping[str, Any]], words: Words) -> Data:
         )
     scope = "FLOPs of teacher and training together, whatever accuracy they buy"
     claim = "At the same number of labelled examples, a student needs less compute than few-shot fine-tuning."
-    return _decided(claim, outcomes, evidence, scope)
+    why = _absent(words, "in", words.tuned) or "FLOPs of both are not known in any cell."
+    return _decided(claim, outcomes, evidence or [why], scope)
 
 
 def _data(cost: Mapping[str, Any]) -> str:
