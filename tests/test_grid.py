@@ -8,7 +8,7 @@ import pytest
 from ctxdistill.arms import ARMS, CONTROLS, Arm
 from ctxdistill.errors import RecipeError
 from ctxdistill.grid import Study, cell_key, model_label
-from ctxdistill.recipe import TrainSection
+from ctxdistill.recipe import Recipe, TrainSection
 
 ROOT = Path(__file__).parents[1]
 
@@ -177,3 +177,15 @@ def test_a_cell_with_another_tasks_demonstrations_depends_on_which_task_that_is(
 )
 def test_model_label(name: str, label: str) -> None:
     assert model_label(name) == label
+
+
+def test_a_recipe_and_a_study_are_told_apart(tmp_path: Path) -> None:
+    recipe, study = tmp_path / "my recipe.toml", tmp_path / "study.toml"
+    recipe.write_text('[context]\nsystem = "Shout."\n')
+    study.write_text('[tasks]\nnames = ["sst2"]\n')
+    with pytest.raises(RecipeError, match="is a recipe and not a study") as caught:
+        Study.load(recipe)
+    assert caught.value.fix == f"ctxdistill distill '{recipe}'"
+    with pytest.raises(RecipeError, match="is a study and not a recipe") as caught:
+        Recipe.load(study)
+    assert caught.value.fix == f"ctxdistill study {study}"

@@ -7,6 +7,7 @@ on what it is and not on what else the grid holds, so that a grown grid keeps it
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -155,6 +156,8 @@ class Study(Section):
         Raises: `RecipeError` that lists every problem at once.
         """
         raw = read_toml(path, overrides, start="copy one of recipes/, or see docs/study.md")
+        if {"context", "queries"} & raw.keys():
+            raise RecipeError(f"{path} is a recipe and not a study", fix=f"ctxdistill distill {shlex.quote(str(path))}")
         return cls.from_dict(raw, Path(path).resolve().parent)
 
     @classmethod

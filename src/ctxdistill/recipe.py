@@ -503,6 +503,8 @@ class Recipe(Section):
         Raises: `RecipeError` that lists every problem at once.
         """
         raw = read_toml(path, overrides, start="write one to start from with: ctxdistill init my-recipe.toml")
+        if {"grid", "tasks"} & raw.keys():
+            raise RecipeError(f"{path} is a study and not a recipe", fix=f"ctxdistill study {shlex.quote(str(path))}")
         recipe = cls.from_dict(raw, base_dir=Path(path).resolve().parent)
         recipe._typed = shlex.join([str(path), *overrides])
         return recipe
