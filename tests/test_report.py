@@ -385,6 +385,8 @@ def test_the_level_follows_the_kl_that_is_closed(closed: tuple[float, float, flo
     estimate = dict(zip(("mean", "low", "high"), closed, strict=True)) if closed else None
     found = report.verdict({**make_evaluation(), "kl_closed": estimate})
     assert found["level"] == level
+    doubted = any("counts only if such answers will do" in remark for remark in found["remarks"])
+    assert doubted == (level not in ("faithful", "close"))  # what is saved is told of every run
     doubtful = any("The interval reaches below" in remark for remark in found["remarks"])
     assert doubtful == (closed in ((0.95, 0.94, 0.96), (0.8, 0.7, 0.9)))
 

@@ -275,6 +275,10 @@ def _remarks(evaluation: Mapping[str, Any], level: str, metric: str | None) -> l
     if gate.get("verdict", "teach") != "teach":
         reasons = "; ".join(gate.get("reasons") or ["no reason recorded"])
         remarks.append(f"The gate had found nothing to teach: {reasons}.")
+    if level not in LEVELS and evaluation.get("cost"):
+        remarks.append(
+            "What a request saves counts only if such answers will do in the place of those with the context."
+        )
     return remarks
 
 
