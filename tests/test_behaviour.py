@@ -11,15 +11,16 @@ import torch
 
 import tiny
 from ctxdistill import generic, pipeline
-from ctxdistill.behaviour import Check, base_targets, behaviour, unrelated
+from ctxdistill.behaviour import Check, base_targets, behaviour, other, unrelated
 from ctxdistill.dataset import Data, prepare
+from ctxdistill.evaluate import teacher_targets
 from ctxdistill.lm import LM
 from ctxdistill.pipeline import keep_examples, make_examples
 from ctxdistill.prompts import Prompter, join
 from ctxdistill.recipe import LoraSection, Recipe, TrainSection
 from ctxdistill.results import behaviour_facts, unrelated_share, verdict
 from ctxdistill.rundir import RunDir, no_progress
-from ctxdistill.store import TargetStore
+from ctxdistill.store import Target, TargetStore
 from ctxdistill.train import mean_kl, retained_at, train
 
 Ready = tuple[Recipe, LM, Prompter, Data]
@@ -162,8 +163,34 @@ def test_an_answer_that_goes_on_is_another_answer(ready: Ready, tmp_path: Path) 
     (target,) = check.base(pairs, 5)
     fits = dataclasses.replace(target, ids=ids)
     ended = dataclasses.replace(target, ids=(*ids[:-1], 1))
-    same = [check.scores(pairs, [t], write=True)[0]["same"] for t in (fits, ended)]
+    same = [check.scores(pairs, [t], write=6)[0]["same"] for t in (fits, ended)]
     assert same == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_keeps_looks_at_the_whole_answer(job: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    """Behind another system prompt, the student says what it was taught, and the base model something short."""
+    recipe = Recipe.from_dict(
+        tiny.recipe_dict(job, targets__batch_size=batch_size, eval__max_new_tokens=12), base_dir=job
+    )
+    lm, prompter, data = prepare(recipe)
+    lm.add_adapter(LoraSection(rank=4), 0)  # the base model: it says what was taught behind the teacher's prompt
+    lm.training(False)
+    check, pairs = Check(recipe, lm, prompter, TargetStore(job / "t")), data.pairs["eval"]
+    targets = teacher_targets(lm, prompter, pairs, recipe, check.store)
+    assert min(len(t.ids) for t in targets) > 6
+
+    def base(there: Any, limit: int) -> list[Target]:
+        said = [prompter.completion("OK." if i % 2 else "No way.") for i in range(len(there))]
+        with torch.no_grad(), lm.adapter(False):
+            hidden = [lm.hidden([join(p.teacher, ids)])[0] for p, ids in zip(there, said, strict=True)]
+        return [Target("", ids, {"hidden": states}) for ids, states in zip(said, hidden, strict=True)]
+
+    monkeypatch.setattr(check, "base", base)
+    teachers = iter([pair.teacher for pair in pairs])
+    monkeypatch.setattr(prompter, "served_query", lambda *_: next(teachers))
+    found = other(check, data, pairs, targets)
+    assert (found["keeps"]["mean"], found["obeys"]["mean"], found["base_keeps"]["mean"]) == (1.0, 0.0, 0.0)
 
 
 def test_the_text_style_has_no_other_system_prompt(job: Path) -> None:

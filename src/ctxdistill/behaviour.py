@@ -77,15 +77,16 @@ def unrelated(prompter: Prompter, texts: Sequence[str]) -> list[Pair]:
 def other(check: Check, rows: Data, pairs: Sequence[Pair], targets: Sequence[Target]) -> dict[str, Any]:
     """The held-out queries behind another system prompt: against the base model with the same one.
 
-    `obeys` is the share of answers that are the base model's there, `keeps` the share of those that are the teacher's with
-    the taught context, `base_keeps` how often base model and teacher agree anyhow.
+    `obeys` is the share of answers that are the base model's there, `keeps` the share of those that are, as a whole, the
+    teacher's with the taught context, `base_keeps` how often base model and teacher agree anyhow.
     """
     held_out, section = rows.splits["eval"]
     system = check.recipe.behaviour.other_system
     prompts = [check.prompter.served_query(row, section, system) for row in held_out[: len(pairs)]]
     there = [dataclasses.replace(p, teacher=ids, student=ids) for p, ids in zip(pairs, prompts, strict=True)]
-    theirs = check.base(there, check.recipe.eval.max_new_tokens)
-    scores = check.scores(there, theirs, write=True)
+    limit = check.recipe.eval.max_new_tokens
+    theirs = check.base(there, limit)
+    scores = check.scores(there, theirs, write=limit)
     taught = [check.prompter.text(target.ids) for target in targets]
     asked = [check.prompter.text(target.ids) for target in theirs]
     keeps = [float(same(s["prediction"], text)) for s, text in zip(scores, taught, strict=True)]
@@ -125,12 +126,12 @@ class Check:
         return base_targets(self.lm, self.prompter, pairs, self.recipe, self.store, kind, limit, self.progress)
 
     @torch.no_grad()
-    def scores(self, pairs: Sequence[Pair], targets: Sequence[Target], *, write: bool = False) -> list[Score]:
+    def scores(self, pairs: Sequence[Pair], targets: Sequence[Target], *, write: int = 0) -> list[Score]:
         """`kl`, `top1` and `tokens` of the model as it is now behind `pair.student`, against `targets`; with `write` also
-        its greedy answer, `prediction`, and whether it is the target's, `same`."""
+        its greedy answer of at most so many tokens, `prediction`, and whether it is the target's, `same`."""
         prompts = [pair.student for pair in pairs]
         prefix = self.lm.prefix(prompts)
-        tokens = max(map(len, prompts), default=0) + max((len(t.ids) for t in targets), default=0)
+        tokens = max(map(len, prompts), default=0) + max([write, *(len(t.ids) for t in targets)])
         size = self.lm.rows_at_once(self.recipe.targets.batch_size, tokens, len(prefix.ids) if prefix else 0)
         scores: list[Score] = []
         for start in range(0, len(pairs), size):
@@ -139,14 +140,12 @@ class Check:
             hidden = self.lm.hidden(rows, prefix)
             new = [fidelity(self.lm, self.prompter, t, h) for t, h in zip(targets[some], hidden, strict=True)]
             if write:
-                limit = 1 + max(len(t.ids) for t in targets[some])  # one more shows an answer that goes on
-                written = self.lm.generate(prompts[some], max_new_tokens=limit, ends=self.prompter.ends, prefix=prefix)
+                written = self.lm.generate(prompts[some], max_new_tokens=write, ends=self.prompter.ends, prefix=prefix)
                 for score, target, ids in zip(new, targets[some], written, strict=True):
-                    # no further than the other side was let
-                    score["prediction"] = self.prompter.text(
-                        ids[: len(target.ids)] if not self.prompter.ends(list(target.ids)) else ids
-                    )
-                    score["same"] = float(same(score["prediction"], self.prompter.text(target.ids)))
+                    # no further than the other side was let; one more than its end shows an answer that goes on
+                    shown = ids[: len(target.ids) + self.prompter.ends(list(target.ids))]
+                    score["same"] = float(same(self.prompter.text(shown), self.prompter.text(target.ids)))
+                    score["prediction"] = self.prompter.text(ids)
             scores += new
             self.done += len(new)
             self.progress("behaviour", self.done, self.total)
@@ -154,7 +153,7 @@ class Check:
 
     def compare(self, pairs: Sequence[Pair], targets: Sequence[Target]) -> dict[str, Any]:
         """KL to the targets, and the share of answers that are the same."""
-        scores = self.scores(pairs, targets, write=True)
+        scores = self.scores(pairs, targets, write=1 + max(len(t.ids) for t in targets))
         return {
             "rows": len(scores),
             "kl": kl_estimate(scores, **self.options),
