@@ -167,6 +167,22 @@ def test_an_answer_that_goes_on_is_another_answer(ready: Ready, tmp_path: Path) 
     assert same == [1.0, 0.0]
 
 
+@pytest.mark.parametrize(("teach", "asked"), [("answer", False), ("all", True)])
+def test_a_teacher_behind_its_thoughts_is_not_asked_again(job: Path, teach: str, asked: bool) -> None:
+    thinks = {"max_new_tokens": 6, "scratchpad": "Think first.", "extract": "^.(.+)$", "teach": teach}
+    raw = tiny.recipe_dict(job, behaviour={**CHECKS, "unrelated": 0, "strengths": []}, completions=thinks)
+    recipe = Recipe.from_dict(raw, base_dir=job)
+    lm, prompter, data = prepare(recipe)
+    lm.add_adapter(LoraSection(rank=4), 0)
+    lm.training(False)
+    told: list[tuple[str, int, int]] = []
+    found = behaviour(recipe, lm, prompter, data, TargetStore(job / "t"), progress=lambda *call: told.append(call))
+    assert (found["again"] is not None) == asked and found["other"] is not None
+    assert told[-1][1] == told[-1][2]  # nothing is awaited that does not come
+    if asked:  # an untrained student behind the teacher's prompt is the teacher
+        assert found["again"]["kl"]["mean"] == pytest.approx(0.0, abs=1e-6)
+
+
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_keeps_looks_at_the_whole_answer(job: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
     """Behind another system prompt, the student says what it was taught, and the base model something short."""

@@ -29,18 +29,20 @@ from ctxdistill.targets import label
 def behaviour(
     recipe: Recipe, lm: LM, prompter: Prompter, rows: Data, store: TargetStore, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """All checks that `recipe.behaviour` asks for: `unrelated`, and on a number of held-out rows `strengths`, `again`
-    and `other` (not in the text style, which has no roles). A check that is off is None."""
-    b = recipe.behaviour
+    """All checks that `recipe.behaviour` asks for: `unrelated`, and on a number of held-out rows `strengths`, `again` (not
+    where the teacher is asked behind its thoughts, which the student does not have) and `other` (not in the text style,
+    which has no roles). A check that is off is None."""
+    b, c = recipe.behaviour, recipe.completions
     found: dict[str, Any] = {"rows": 0, "unrelated": None, "strengths": None, "again": None, "other": None}
     plain = unrelated(prompter, generic.HELD_OUT[: b.unrelated])
     plain = [pair for pair in plain if len(pair.teacher) + TOKENS <= lm.window]  # their number is reported
     pairs = rows.pairs["eval"][: b.rows]
     strengths = b.strengths if encoder_of(lm.peft) is None else ()  # a cartridge has no strength
     elsewhere = recipe.prompt.style == "chat" and bool(b.other_system)
+    alike = not (c.extract and c.teach == "answer")  # student and teacher behind the teacher's prompt
     total = len(plain)  # rows that are scored
     if pairs:
-        total += len(strengths) * (len(pairs) + len(plain)) + (3 + elsewhere) * len(pairs)
+        total += len(strengths) * (len(pairs) + len(plain)) + (1 + 2 * alike + elsewhere) * len(pairs)
     check = Check(recipe, lm, prompter, store, progress, total)
     theirs = check.base(plain, TOKENS) if plain else []
     if plain:
@@ -57,9 +59,10 @@ def behaviour(
             point = {"strength": value, "kl_closed": check.closed(check.scores(pairs, targets), base)}
             point["unrelated_kl"] = kl_estimate(check.scores(plain, theirs), **check.options) if plain else None
         found["strengths"].append(point)
-    again = [dataclasses.replace(pair, student=pair.teacher) for pair in pairs]
-    alone = kl_estimate(check.scores(pairs, targets), **check.options)
-    found["again"] = check.compare(again, targets) | {"alone": alone}
+    if alike:
+        again = [dataclasses.replace(pair, student=pair.teacher) for pair in pairs]
+        alone = kl_estimate(check.scores(pairs, targets), **check.options)
+        found["again"] = check.compare(again, targets) | {"alone": alone}
     if elsewhere:
         found["other"] = other(check, rows, pairs, targets)
     return found

@@ -439,8 +439,8 @@ class BehaviourSection(Section):
     unrelated: Annotated[int, Field(ge=0, le=24)] = 16
     """Everyday prompts that have nothing to do with the context, on which the KL to the base model is measured; 0 skips it."""
     rows: NotNegative = 0
-    """Held-out rows on which the adapter's strength is varied, and which are asked behind the context and behind another
-    system prompt; 0 skips these checks."""
+    """Held-out rows on which the adapter's strength is varied, and which are asked behind the context (not where
+    `completions.extract` takes the answer out of the teacher's thoughts) and behind another system prompt; 0 skips these checks."""
     strengths: list[AtLeastZero] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]
     """Strengths that are tried: 0 is the base model, 1 the adapter as trained."""
     contexts: str | None = None
