@@ -61,14 +61,41 @@ def test_the_prediction_is_made_of_the_speeds(job: Path) -> None:
     other = recipe(job, completions={"max_new_tokens": 6, "samples": 2, "temperature": 1.0}, train=more,
                    behaviour={"rows": 4, "strengths": [0.5, 1.0]})  # fmt: skip
     stages = predict(other, lm, rows, SPEEDS)["stages"]
-    own = 0.5 * 0.8 * 2 * 13 * 2 * (0.25 + 0.5 / 2)
-    kept = 0.25 * 2 * 13 * 2 * length * 0.003
+    own = 0.5 * 13 * 2 * (0.25 + 0.5 / 2)  # the first of two rounds begins with none, the second with all of its share
+    kept = 1 * 2 * 7 * length * 0.003  # of 7 steps an epoch
     assert stages["train"] == pytest.approx(found["stages"]["train"] + own + kept)
     assert stages["evaluate"] == pytest.approx(found["stages"]["evaluate"] + 3 * 4 * 0.25 + 4 * 2 * length * 0.001)
     assert found["seconds"] == pytest.approx(sum(found["stages"].values()))
     assert found["cost"] == pytest.approx(found["seconds"] / 100)
     assert found["memory_mb"] == 77.0
     assert not hasattr(lm.model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "ramp", "round_steps", "written"),
+    [(2, 1.0, 0, 0.25), (3, 0.5, 0, 5 / 9), (2, 0.5, 1, 19 / 26), (2, 0.0, 3, 1.0)],
+)
+def test_what_the_student_writes_is_that_of_its_rounds(
+    job: Path, epochs: int, ramp: float, round_steps: int, written: float
+) -> None:
+    """As `Rounds` would draw it: 13 rows, one a step."""
+    plan = {"epochs": epochs, "batch_size": 1, "validation": 0.2}
+    own = {"on_policy": 1.0, "on_policy_ramp": ramp, "round_steps": round_steps}
+    lm, _, rows = prepare(recipe(job))
+    off, on = (predict(recipe(job, train=plan | more), lm, rows, SPEEDS)["stages"]["train"] for more in ({}, own))
+    assert on - off == pytest.approx(written * epochs * 13 * (0.25 + 0.5 / 2))
+
+
+@pytest.mark.parametrize(("batch_size", "kept"), [(1, 13), (2, 7), (3, 5), (4, 4), (8, 4), (13, 3)])
+def test_a_step_holds_at_least_one_everyday_prompt(job: Path, batch_size: int, kept: int) -> None:
+    plan = {"epochs": 1, "batch_size": batch_size, "validation": 0.2}
+    lm, _, rows = prepare(recipe(job))
+    off, on = (
+        predict(recipe(job, train=plan | more), lm, rows, SPEEDS)["stages"]["train"]
+        for more in ({}, {"retain_weight": 1.0})
+    )
+    length = sum(len(p.student) for p in rows.pairs["train"]) / 13 + 4
+    assert on - off == pytest.approx(kept * length * 0.003)
 
 
 @pytest.mark.parametrize("kind", ["hidden", "topk", "full"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from ctxdistill.evaluate import score_arm, teacher_targets
 from ctxdistill.generic import TRAINED
 from ctxdistill.lm import LM, linear_layers
 from ctxdistill.objective import Example, Stats, batch_loss
+from ctxdistill.policy import overall
 from ctxdistill.products import linear
 from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe, TargetsSection
@@ -32,7 +34,7 @@ from ctxdistill.replay import Replay
 from ctxdistill.rundir import Progress, no_progress
 from ctxdistill.store import Target, TargetStore
 from ctxdistill.targets import label
-from ctxdistill.train import Part, Step, attempt, recordings, saved, saving
+from ctxdistill.train import Part, Step, attempt, recordings, retained_rows, saved, saving
 
 ARMS_TIMED = 3
 COMPARED = torch.float32, torch.bfloat16
@@ -187,16 +189,17 @@ def predict(recipe: Recipe, lm: LM, rows: Data, s: Speeds) -> dict[str, Any]:
     prompt = sum(len(p.student) for p in rows.pairs["train"]) / train
     length = prompt + s.answer_tokens - 1
     c = recipe.train
-    b, rows_per_step = recipe.behaviour, 1.25 if c.retain_weight else 1.0
+    b, per_epoch = recipe.behaviour, math.ceil(train * samples / c.batch_size)
+    kept = per_epoch * retained_rows(len(TRAINED), c)  # rows of an epoch, beside the others
     elsewhere = (2 * b.unrelated + 3 * min(b.rows, evaluated)) * s.student  # written by base model and student
     elsewhere += min(b.rows, evaluated) * len(b.strengths) * length * s.forward
     stages = {
         "gate": 2 * s.context + evaluated * (2 * s.answer + s.student),
         "label": s.context + (train + validation) * samples * s.answer,
-        "train": c.epochs * train * samples * length * s.train * rows_per_step
+        "train": c.epochs * (train * samples + kept) * length * s.train
         + (c.epochs + 1) * validation * samples * length * s.forward
         # the student writes, as an evaluated arm does, and the teacher judges
-        + c.on_policy * (1 - c.on_policy_ramp / 2) * c.epochs * train * samples * (s.student + s.answer / 2),
+        + overall(c.epochs * per_epoch, per_epoch, c) * c.epochs * train * samples * (s.student + s.answer / 2),
         "evaluate": evaluated * s.student * (s.train / (3 * s.forward) if s.forward else 1.0)
         + per_request * (s.context + ARMS_TIMED * s.request)
         + elsewhere,

@@ -227,6 +227,13 @@ def share(step: int, steps: int, section: TrainSection) -> float:
     return section.on_policy * min(1.0, step / (section.on_policy_ramp * steps))
 
 
+def overall(steps: int, per_epoch: int, section: TrainSection) -> float:
+    """The student's share of the completions of all rounds."""
+    length = section.round_steps or per_epoch
+    firsts = range(0, steps, length)
+    return sum(share(first, steps, section) * min(length, steps - first) for first in firsts) / steps
+
+
 def chosen(n: int, number: int, share: float, seed: int) -> list[int]:
     """Which of the `n` places of a round get a completion of the student's, in their order: a share of them, drawn; where it
     is no whole number of places, one more or less, so that it is right over many rounds."""

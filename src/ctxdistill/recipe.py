@@ -347,7 +347,7 @@ class TrainSection(Section):
     """Optimizer steps of a round: the student writes for so many steps ahead. 0: an epoch."""
     retain_weight: AtLeastZero = 0.0
     """Adds so many times the divergence from the base model on everyday prompts to the loss, so that what has nothing to do
-    with the context stays as it was; each step has a quarter as many of these rows as others."""
+    with the context stays as it was; each step has a quarter as many of these rows as others, at least one."""
     lr: AboveZero = 5e-4
     """Peak learning rate of AdamW; linear warm-up, then cosine to `min_lr` times this."""
     min_lr: Fraction = 0.1

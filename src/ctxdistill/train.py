@@ -210,9 +210,14 @@ def rows_of(step: int, n: int, section: TrainSection) -> list[int]:
     return list(order(n, epoch, section.seed, section.shuffle)[first : first + section.batch_size])
 
 
+def retained_rows(n: int, section: TrainSection) -> int:
+    """How many of `n` rows that hold the student to the base model are in each step: a quarter of a batch, at least one."""
+    return min(n, max(1, section.batch_size // 4)) if section.retain_weight else 0
+
+
 def retained_at(step: int, retained: Sequence[Example], section: TrainSection) -> list[Example]:
-    """The rows of a step that hold the student to the base model: a quarter of a batch, in turn."""
-    count = min(len(retained), max(1, section.batch_size // 4))
+    """The rows of a step that hold the student to the base model, in turn."""
+    count = retained_rows(len(retained), section)
     return [retained[(step * count + i) % len(retained)] for i in range(count)]
 
 
@@ -266,7 +271,7 @@ def train(
         if (now := source.round(state.step)) != known:
             known, replays = now, recordings(lm, map(source, now), retained, section)
         tokens = sum(len(e.target.ids) for e in batch)  # of all processes: the one denominator of this step
-        kept = retained_at(state.step, retained, section) if section.retain_weight else []
+        kept = retained_at(state.step, retained, section)
         parts = [Part(batch, float(tokens), section, "loss")]
         if kept:
             mean = sum(len(e.target.ids) for e in kept) / section.retain_weight
