@@ -349,13 +349,13 @@ class TrainSection(Section):
     """Adds so many times the divergence from the base model on everyday prompts to the loss, so that what has nothing to do
     with the context stays as it was; each step has a quarter as many of these rows as others, at least one."""
     lr: AboveZero = 5e-4
-    """Peak learning rate of AdamW; linear warm-up, then cosine to `min_lr` times this."""
+    """Peak learning rate of AdamW; linear warm-up, then cosine towards `min_lr` times this."""
     min_lr: Fraction = 0.1
-    """Learning rate at the end, as a fraction of the peak."""
+    """What the learning rate falls towards, as a fraction of the peak: it would be there one step after the last."""
     warmup: Fraction = 0.1
     """Share of the steps with rising learning rate."""
     schedule: Literal["cosine", "constant", "paper"] = "cosine"
-    """The learning rate after the warm-up: `cosine` falls to `min_lr` times `lr`, `constant` stays. `paper` is what the
+    """The learning rate after the warm-up: `cosine` falls towards `min_lr` times `lr`, `constant` stays. `paper` is what the
     authors' code of arXiv 2409.01930 does: constant, with the warm-up counted in epochs and beginning at 0."""
     shuffle: bool = True
     """See the rows of each epoch in another order."""
