@@ -17,7 +17,7 @@ from ctxdistill import cells as cells_module
 from ctxdistill import cli, study_report
 from ctxdistill import study as studies
 from ctxdistill.cells import NOTHING
-from ctxdistill.errors import ModelError, RecipeError, RunError
+from ctxdistill.errors import DataError, ModelError, RecipeError, RunError
 from ctxdistill.grid import Study
 from ctxdistill.readers import Record
 from ctxdistill.study import study
@@ -363,6 +363,14 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(folder: Path) -
     (folder / "run/recipe.json").write_text("{}")
     with pytest.raises(RunError, match="not empty and is not a study's folder"):
         study(grid(folder, grid=only), folder / "run")
+
+
+def test_the_papers_runs_are_read_before_anything_is_computed(folder: Path) -> None:
+    (folder / "wrong.csv").write_text("model,dataset\nopt,rte\n")
+    for name in ("nope.csv", "wrong.csv"):
+        with pytest.raises(DataError, match="cannot read the paper's runs") as caught:
+            study(grid(folder), folder / "out", paper_csv=folder / name)
+        assert "--paper" in caught.value.fix and not (folder / "out").exists()
 
 
 def compat(folder: Path, **sections: Any) -> Study:

@@ -60,6 +60,7 @@ def analyse(folder: str | Path, paper_csv: str | Path | None = None) -> Data:
     Raises: `RunError` when the folder is no study's or its cells do not fit together, `DataError` for a broken CSV.
     """
     study = Study.read(Path(folder))
+    paper = papers_runs(Path(paper_csv)) if paper_csv else None
     comparisons, table, costs = _comparisons(study), _table(study), _costs(study)
     taught = claims.taught(comparisons)
     words = claims.Words(study.recipe, study.arms)
@@ -81,7 +82,7 @@ def analyse(folder: str | Path, paper_csv: str | Path | None = None) -> Data:
         "claims": claims.verdicts(comparisons, costs, taught, words),
         "limits": claims.limits(table, taught, words, study.drawn_anew),
         "missing": study.missing,
-        "paper": _paper(Path(paper_csv)) if paper_csv else None,
+        "paper": paper,
     }
     RunDir(folder).write_json("study.json", found)
     return found
@@ -445,8 +446,8 @@ def _formats(study: Study) -> Data:
     return {name: max((r.get(key) or 0 for r in records), default=0) for name, key in names.items()}
 
 
-def _paper(path: Path) -> list[Data]:
-    """Means over the paper's runs, by model, data set and number of demonstrations."""
+def papers_runs(path: Path) -> list[Data]:
+    """Means over the paper's runs, by model, data set and number of demonstrations. Raises `DataError` for a broken CSV."""
     columns = {"teacher": "accuracy_teacher", "in": "accuracy_indomain", "out": "accuracy_ood"}
     groups: dict[tuple[str, str, int], list[Mapping[str, str]]] = {}
     try:
@@ -462,6 +463,8 @@ def _paper(path: Path) -> list[Data]:
         ]
     except (OSError, KeyError, ValueError, TypeError, UnicodeDecodeError) as error:
         raise DataError(
-            f"cannot read the paper's runs from {path}: {type(error).__name__} {error}",
+            f"cannot read the paper's runs from {path}",
             expected=f"a CSV with the columns model, dataset, context_size, {', '.join(columns.values())}",
+            found=f"{type(error).__name__} {error}",
+            fix="name another file with --paper, or leave it out",
         ) from None

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from ctxdistill import study_report
+from ctxdistill.analysis import papers_runs
 from ctxdistill.arms import Arm
 from ctxdistill.cells import Bench, run_cell
 from ctxdistill.cluster import fan_out
@@ -81,6 +82,8 @@ def study(
     Raises: `RunError` when the folder holds another study, or something else; `CtxDistillError` when the data or a model
     cannot be had; a cell's own trouble becomes its row. `RunError` in the end when no cell has a result.
     """
+    if paper_csv:
+        papers_runs(Path(paper_csv))  # an error now, and not when all is computed
     progress = progress or no_progress
     folder = RunDir(out or Path("runs") / name_of(grid))
     folder.lock()
