@@ -336,6 +336,18 @@ def test_fewer_than_three_sets_decide_nothing(tmp_path: Path, sets: tuple[int, .
     assert (row["sd"] is None) == (len(sets) == 1)
 
 
+def test_arms_on_fewer_sets_than_the_study_has_are_named(tmp_path: Path) -> None:
+    folder = build_study(tmp_path / "s", rows=30, tasks=TASKS[:1])
+    assert not [line for line in analyse(folder)["limits"] if "fewer than" in line and "sets" in line]
+    for number in (0, 1, 2):
+        (folder / "cells" / f"tiny-trec-n4-set{number}-cd_one" / "cell.json").unlink()
+    found = analyse(folder)
+    (said,) = [line for line in found["limits"] if "fewer than" in line and "sets" in line]
+    assert said.startswith("TREC, 4 demonstrations: on fewer than the study's 4 demonstration sets: ")
+    assert "distilled, one context (1)" in said and "many contexts" not in said
+    assert only(found["costs"], n=4, arm="cd_one")["sets"] == 1
+
+
 def test_few_rows_are_said_aloud(tmp_path: Path) -> None:
     few = analyse(build_study(tmp_path / "few", demos=(16,), rows=100))["limits"]
     assert [line.split(" has ")[0] for line in few if "evaluation rows" in line] == ["TREC", "SST-2", "SST-2 → cr"]

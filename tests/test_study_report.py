@@ -210,6 +210,33 @@ def test_shapes_of_studies(tmp_path: Path, options: dict[str, Any], parts: list[
         assert part not in text
 
 
+def test_a_line_says_on_how_many_sets_it_rests_where_these_are_fewer(tmp_path: Path) -> None:
+    folder = small(tmp_path / "s")
+    for number in (0, 1):
+        (folder / "cells" / f"tiny-trec-n16-set{number}-cd_one" / "cell.json").unlink()
+    page = write_report(folder)
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| distilled, one context (1 of 3 sets) |")]
+    assert len(lines) == 2  # results and costs
+    assert "| distilled, one context minus in-context (1 of 3 sets) |" in text
+    assert "distilled, many contexts (" not in text and "| zero-shot (" not in text
+    assert text_of(page).count("1 of 3 sets") == text.count("1 of 3 sets")
+
+
+@pytest.mark.parametrize(
+    ("sets", "over"),
+    [
+        ((0,), "95 % interval over rows, since there are fewer than 3 demonstration sets"),
+        ((0, 1, 2), "95 % interval over demonstration sets and rows"),
+    ],
+)
+def test_what_intervals_are_over_is_said_of_this_study(tmp_path: Path, sets: tuple[int, ...], over: str) -> None:
+    page = write_report(small(tmp_path / "s", sets=sets))
+    for text in (text_of(page), (page.parent / "report.md").read_text(encoding="utf-8")):
+        assert text.count(over) == 2  # at a glance, and below the results
+        assert ("interval over demonstration sets and rows" in text) == (len(sets) == 3)
+
+
 def test_cells_without_a_result_are_listed(tmp_path: Path) -> None:
     folder = small(tmp_path / "s")
     edit(folder, "tiny-trec-n16-set0-cd_one", status="infeasible", reason="3,000 tokens do not fit 2,048")

@@ -80,7 +80,7 @@ def analyse(folder: str | Path, paper_csv: str | Path | None = None) -> Data:
         "formats": _formats(study),
         "taught": taught,
         "claims": claims.verdicts(comparisons, costs, taught, words),
-        "limits": claims.limits(table, taught, words, study.drawn_anew),
+        "limits": claims.limits(table, taught, words, len(study.recipe["sets"]), study.drawn_anew),
         "missing": study.missing,
         "paper": paper,
     }
@@ -389,9 +389,8 @@ def _costs(study: Study) -> list[Data]:
         means = {name: float(np.mean([c[name] for c in costs if finite(c.get(name))])) for name in names}
         if means:
             paid = [means[name] for name in ("teacher_flops", "train_flops") if name in means]
-            rows.append(
-                {"model": model, "task": task, "n": n, "arm": arm, **means, "flops": sum(paid) if paid else None}
-            )
+            where = {"model": model, "task": task, "n": n, "arm": arm, "sets": len(costs)}
+            rows.append({**where, **means, "flops": sum(paid) if paid else None})
     return study.ordered(rows)
 
 

@@ -126,9 +126,15 @@ def limits(
     table: Sequence[Mapping[str, Any]],
     where_taught: Sequence[Mapping[str, Any]],
     words: Words,
+    planned: int,
     drawn_anew: Sequence[tuple[str, str]] = (),
 ) -> list[str]:
-    """What must not be concluded, as sentences. `drawn_anew`: tasks and sets whose rows differ between demonstration sets."""
+    """What must not be concluded, as sentences.
+
+    Args:
+        planned: demonstration sets of the study.
+        drawn_anew: tasks and sets whose rows differ between demonstration sets.
+    """
     found = []
     sets = max((row["sets"] for row in table if row["n"]), default=0)
     some = f"{sets} demonstration set{'s' * (sets != 1)}"
@@ -143,6 +149,14 @@ def limits(
             f"There are {some}. P-values are over rows and speak of these sets; intervals are over sets and rows, and wide "
             "where sets differ, because so few say little about the next one. A difference counts only where both agree."
         )
+    behind: dict[str, dict[str, int]] = {}
+    for row in table:
+        if row["n"] and row["sets"] < planned:
+            arms = behind.setdefault(words.where({**row, "domain": "in"}), {})
+            arms[words.arms.get(row["arm"], row["arm"])] = row["sets"]
+    for where, arms in behind.items():
+        named = "; ".join(f"{arm} ({count})" for arm, count in arms.items())
+        found.append(f"{where}: on fewer than the study's {planned} demonstration sets: {named}.")
     few: dict[str, int] = {}
     for row in table:
         if row["rows"] < MIN_ROWS:

@@ -16,6 +16,7 @@ from ctxdistill.claims import p_text
 from ctxdistill.report import environment
 from ctxdistill.results import NO_VALUE, Data, cells, finite
 from ctxdistill.rundir import reading, write_atomic
+from ctxdistill.stats import MIN_SETS
 
 TONES = {"yes": "good", "no": "bad", "not decidable": "none"}
 READINGS = {"above": ("▲", "good"), "below": ("▼", "bad"), "open": ("·", "none")}
@@ -88,7 +89,21 @@ def _view(found: Data) -> Data:
         "formats": found["formats"],
         "missing": _missing(found["missing"]),
         "comparisons": len(found["comparisons"]),
+        "over": _over([row["sets"] for row in found["table"] if row["n"]]),
     }
+
+
+def _over(sets: Sequence[int]) -> str:
+    """What the intervals are over, where lines rest on these numbers of demonstration sets."""
+    if max(sets, default=0) < MIN_SETS:
+        return f"rows, since there are fewer than {MIN_SETS} demonstration sets"
+    some = f" (over rows where there are fewer than {MIN_SETS} sets)" if min(sets) < MIN_SETS else ""
+    return f"demonstration sets and rows{some}"
+
+
+def _few(row: Mapping[str, Any], sets: Sequence[int]) -> str:
+    """`1 of 3 sets` where a line rests on fewer demonstration sets than the study has, else nothing."""
+    return f"{row['sets']} of {len(sets)} sets" if row["n"] and row["sets"] < len(sets) else ""
 
 
 def _tally(claim: Mapping[str, Any]) -> str:
@@ -188,16 +203,16 @@ def _part(
         "pattern": task.get("pattern") or NO_VALUE,
         "untaught": [r for r in mine("taught") if not r["taught"]],
         "tables": [
-            {"n": k, "rows": _rows(table, comparisons, names, k, arms), "sets": names}
+            {"n": k, "rows": _rows(table, comparisons, names, k, arms, found["sets"]), "sets": names}
             for k in sorted(found["demos"], key=lambda k: (k != n, k))
             if any(row["n"] == k for row in table)
         ],
         "plots": _plots(table, costs, names, n, styles, constants, number),
         "legend": [arms[name] for name in arms if name != "constant" and any(row["arm"] == name for row in table)],
-        "comparisons": [_comparison(row, arms) for row in comparisons],
+        "comparisons": [_comparison(row, arms, found["sets"]) for row in comparisons],
         "gap": _gap(mine("gap_closed"), names, arms),
         "costs": [
-            {"n": k, **_cost_table([c for c in costs if c["n"] in (0, k)], even, k, arms)}
+            {"n": k, **_cost_table([c for c in costs if c["n"] in (0, k)], even, k, arms, found["sets"])}
             for k in found["demos"]
             if any(c["n"] == k for c in costs)
         ],
@@ -205,8 +220,9 @@ def _part(
 
 
 def _rows(
-    table: Sequence[Data], comparisons: Sequence[Data], names: Sequence[str], n: int, arms: Mapping[str, Data]
-) -> list[Data]:
+    table: Sequence[Data], comparisons: Sequence[Data], names: Sequence[str], n: int, arms: Mapping[str, Data],
+    sets: Sequence[int],
+) -> list[Data]:  # fmt: skip
     """One line for each arm: accuracy on each set, and how it stands against in-context."""
     lines = []
     for name, arm in arms.items():
@@ -226,7 +242,7 @@ def _rows(
                 "standing": [against.get(s) for s in names],
                 "exact": cells("label_accuracy", {"mean": first.get("exact")}),
                 "macro_f1": cells("macro_f1", {"mean": first.get("macro_f1")}),
-                "sets": max(row["sets"] for row in by_set.values()) if any(r["n"] for r in by_set.values()) else None,
+                "few": _few(min(by_set.values(), key=lambda row: row["sets"]), sets),
             }
         )
     return lines
@@ -238,11 +254,11 @@ def _standing(row: Mapping[str, Any]) -> Data:
     return {"text": f"{sign} {difference}", "tone": tone, "reading": row["reading"]}
 
 
-def _comparison(row: Mapping[str, Any], arms: Mapping[str, Data]) -> Data:
+def _comparison(row: Mapping[str, Any], arms: Mapping[str, Data], sets: Sequence[int]) -> Data:
     estimate = {"mean": row["difference"], "low": row["low"], "high": row["high"]}
     a, b = arms[row["a"]]["label"], arms[row["b"]]["label"]
     return {
-        **{"n": row["n"], "set": row["set"], "pair": f"{a} minus {b}"},
+        **{"n": row["n"], "set": row["set"], "pair": f"{a} minus {b}", "few": _few(row, sets)},
         "difference": cells("label_accuracy", estimate, sign=True),
         **{key: p_text(row[key]).replace(" ", NARROW) for key in ("p", "p_corrected")},
         "mcnemar": ", ".join(NO_VALUE if p is None else p_text(p).replace(" ", NARROW) for p in row["p_mcnemar"]),
@@ -269,13 +285,16 @@ def _gap(rows: Sequence[Data], names: Sequence[str], arms: Mapping[str, Data]) -
     }
 
 
-def _cost_table(costs: Sequence[Data], even: Mapping[tuple[int, str], Data], n: int, arms: Mapping[str, Data]) -> Data:
+def _cost_table(
+    costs: Sequence[Data], even: Mapping[tuple[int, str], Data], n: int, arms: Mapping[str, Data], sets: Sequence[int]
+) -> Data:
     kinds = [key for key in COSTS if any(finite(cost.get(key)) for cost in costs)]
     rows = []
     for cost in costs:
         back = even.get((n, cost["arm"]))
         requests = NO_VALUE if back is None else "never" if back["requests"] is None else count(back["requests"])
-        rows.append({"arm": arms[cost["arm"]], "cells": [*(count(cost.get(key)) for key in kinds), requests]})
+        numbers = [*(count(cost.get(key)) for key in kinds), requests]
+        rows.append({"arm": arms[cost["arm"]], "cells": numbers, "few": _few(cost, sets)})
     return {"heads": [*(COSTS[key] for key in kinds), "pays off after requests"], "rows": rows}
 
 
