@@ -80,7 +80,11 @@ def test_the_page_shows_every_part(full: Path) -> None:
         "At a glance",
         "Controls against their arm",
         "What was compared",
-        "The paper's Table 3, with our numbers",
+        "Our numbers in the layout of the paper's Table 3",
+        "No number of the paper is in this table. No cell of this study is one of the paper's.",
+        "A control that is shown to be below its arm says that the arm's gain needs its context; no difference shown decides",
+        "Seconds are those on this machine; later arms of a cell reuse what earlier ones read, so compare FLOPs.",
+        "counted in FLOPs",
         "2 labels · sst2: 240 rows · cr: 240 rows (out of domain) · pattern default",
         squeeze(accuracy(row)),
         f"All {sum(r['task'] == 'sst2' for r in found['comparisons'])} comparisons",
@@ -124,8 +128,15 @@ def test_numbers_in_the_table_are_those_of_the_analysis(full: Path) -> None:
     assert re.search(r"\| 16 \| trec \| distilled, many contexts minus zero-shot \| \+.* \| higher \|", text)
     assert pair["reading"] == "above"
     assert "| fine-tuned, LoRA | 21 | 20 | 21 | 45.0 | 50.0 |" in text  # perplexity, before, at worst; formats, before
-    assert "against distilled, one context" in text
-    for n, requests in ((4, "28.1"), (16, "75")):
+    assert "| control: shuffled labels | distilled, one context | in domain | ▼ 4 |" in text
+    for said in (
+        "mean ± standard deviation over demonstration sets",
+        "counted in FLOPs",
+        "no difference shown decides nothing",
+    ):
+        assert said in text
+    assert "compare FLOPs" in text
+    for n, requests in ((4, "29"), (16, "75")):
         row = only(found["table"], task="trec", n=n, arm="cd_one")
         results = text.split(f"### {n} demonstrations\n")[1].split("###")[0]
         assert f"| distilled, one context | {accuracy(row)} |" in results
@@ -185,11 +196,15 @@ def test_the_papers_table(tmp_path: Path) -> None:
     tasks = [{**TASKS[1], "name": "qqp", "title": "QQP", "evaluation": "qqp", "ood": ["paws"]}]
     page = write_report(small(tmp_path / "a", models=("facebook/opt-125m",), tasks=tasks), runs)
     assert "62.5, 61.5, 71.0" in text_of(page)
+    assert "The paper's Table 3, with our numbers" in text_of(page)
+    assert "No number of the paper" not in text_of(page)
     assert "measured with inverted labels" in text_of(page)
     assert "| 62.5, 61.5, 71.0 |" in (page.parent / "report.md").read_text(encoding="utf-8")
     other = text_of(write_report(small(tmp_path / "b"), runs))
     assert "No cell of this study is one of the paper's." in other
     assert "inverted" not in other
+    bare = text_of(write_report(page.parent))
+    assert "No number of the paper is in this table. The paper's own tasks and models: QQP with opt-125m." in bare
 
 
 @pytest.mark.parametrize(
@@ -270,6 +285,23 @@ def test_nothing_in_data_becomes_markup(hostile: Path) -> None:
         a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
     ]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+
+
+def test_small_p_values_are_read_as_they_are_written(full: Path) -> None:
+    text = (full.parent / "report.md").read_text(encoding="utf-8")
+    assert "| < 0.001 |" in text.replace("\u202f", " ")
+    assert "&lt;" not in text
+
+
+def test_numbers_of_demonstrations_ascend_everywhere(tmp_path: Path) -> None:
+    page = write_report(small(tmp_path / "s", demos=(16, 2, 4)))
+    html, text = page.read_text(encoding="utf-8"), (page.parent / "report.md").read_text(encoding="utf-8")
+    assert re.findall(r"^### (\d+) demonstrations$", text, re.MULTILINE) == ["2", "4", "16"]
+    assert re.findall(r"^### What it cost, (\d+)", text, re.MULTILINE) == ["2", "4", "16"]
+    assert re.findall(r"Results with (\d+) dem", html) == re.findall(r"Costs with (\d+) dem", html) == ["2", "4", "16"]
+    numbers = [int(n) for n in re.findall(r"^\| (\d+) \| trec \|", text, re.MULTILINE)]
+    assert numbers == sorted(numbers) and len(set(numbers)) == 3
+    assert "<h3>16 demonstrations</h3>" in html  # what is not folded is that of the paper
 
 
 @pytest.mark.parametrize("which", ["full", "hostile"])

@@ -125,6 +125,7 @@ class Study:
                 found="no such folder" if not folder.is_dir() else "other files",
             )
         recipe = RunDir(folder).read_json("study_recipe.json")
+        recipe["demos"] = sorted(recipe["demos"])
         arms = [*([] if any(a["name"] == "constant" for a in recipe["arms"]) else [CONSTANT]), *recipe["arms"]]
         study = cls(recipe, arms)
         for path in sorted((folder / "cells").glob("*/cell.json")):

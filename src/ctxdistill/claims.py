@@ -49,7 +49,7 @@ class Words:
         estimate = {"mean": row["difference"], "low": row["low"], "high": row["high"]}
         pair = " minus ".join(self.arms.get(row[side], row[side]) for side in ("a", "b"))
         points = cells("label_accuracy", estimate, unit="points", sign=True)
-        return f"{self.where(row)}: {pair} {points}, corrected p {p_text(row['p_corrected'])}"
+        return f"{self.where(row)}: {pair} {points}, corrected p {p_text(row['p_corrected']).replace('< ', 'below ')}"
 
 
 def p_text(p: float) -> str:

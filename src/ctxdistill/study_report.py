@@ -7,6 +7,7 @@ anywhere, no script runs and text that comes from data is escaped by the environ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ COSTS = {
 }
 NARROW = "\u202f"  # a space where no line breaks
 PAPER_N = 16
-"""Demonstrations in the paper's Table 3, and what is shown first where a study has them."""
+"""Demonstrations in the paper's Table 3, and what is shown unfolded where a study has them."""
+PAPER_TASKS, PAPER_MODELS = ("mnli", "rte", "qqp"), ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b")
 
 
 def write_report(folder: str | Path, paper_csv: str | Path | None = None) -> Path:
@@ -83,6 +85,8 @@ def _view(found: Data) -> Data:
         "controls": _controls(found, arms),
         "table3": (table3 := _table3(found, n)),
         "has_paper": found["paper"] is not None,
+        "beside": (beside := any(row["paper"] for row in table3)),
+        "of_paper": "" if beside else _of_paper(table3),
         "inverted": any(row["paper"] and row["task_name"] == "qqp" for row in table3),
         "parts": [part for part in parts if part["tables"]],
         "retention": _retention(found, arms),
@@ -160,10 +164,12 @@ def _table3(found: Data, n: int) -> list[Data]:
             if not mine:
                 continue
             by_domain = {domain: [r for r in mine if r["domain"] == domain] for domain in ("in", "out")}
-            theirs = paper.get((model["name"].split("/")[-1].lower(), task["name"].lower(), n))
+            short = model["name"].split("/")[-1].lower()
+            theirs = paper.get((short, task["name"].lower(), n))
             rows.append(
                 {
                     **{"task": task["title"], "task_name": task["name"], "model": model["label"]},
+                    "same": task["name"].lower() in PAPER_TASKS and short in PAPER_MODELS,
                     "teacher": cells("label_accuracy", {"mean": mine[0]["teacher"]}),
                     "in": "; ".join(map(accuracy, by_domain["in"])) or NO_VALUE,
                     "out": "; ".join(map(accuracy, by_domain["out"])) or NO_VALUE,
@@ -172,6 +178,13 @@ def _table3(found: Data, n: int) -> list[Data]:
                 }
             )
     return rows
+
+
+def _of_paper(table3: Sequence[Data]) -> str:
+    """What a table without the paper's numbers has to do with the paper."""
+    same = "; ".join(f"{row['task']} with {row['model']}" for row in table3 if row["same"])
+    cells_ = f"The paper's own tasks and models: {same}." if same else "No cell of this study is one of the paper's."
+    return f"No number of the paper is in this table. {cells_}"
 
 
 def accuracy(row: Mapping[str, Any]) -> str:
@@ -195,6 +208,8 @@ def _part(
     several = f" · {model['label']}" if len(found["models"]) > 1 else ""
     costs, even = mine("costs"), {(r["n"], r["arm"]): r for r in mine("break_even")}
     constants = [row for row in table if row["arm"] == "constant"]
+    measured = [k for k in found["demos"] if any(row["n"] == k for row in table)]
+    shown = n if n in measured else max(measured, default=n)
     return {
         "title": f"{task['title']}{several}",
         "id": f"part-{number}",
@@ -203,9 +218,13 @@ def _part(
         "pattern": task.get("pattern") or NO_VALUE,
         "untaught": [r for r in mine("taught") if not r["taught"]],
         "tables": [
-            {"n": k, "rows": _rows(table, comparisons, names, k, arms, found["sets"]), "sets": names}
-            for k in sorted(found["demos"], key=lambda k: (k != n, k))
-            if any(row["n"] == k for row in table)
+            {
+                "n": k,
+                "open": k == shown,
+                "rows": _rows(table, comparisons, names, k, arms, found["sets"]),
+                "sets": names,
+            }
+            for k in measured
         ],
         "plots": _plots(table, costs, names, n, styles, constants, number),
         "legend": [arms[name] for name in arms if name != "constant" and any(row["arm"] == name for row in table)],
@@ -292,7 +311,9 @@ def _cost_table(
     rows = []
     for cost in costs:
         back = even.get((n, cost["arm"]))
-        requests = NO_VALUE if back is None else "never" if back["requests"] is None else count(back["requests"])
+        requests = (
+            NO_VALUE if back is None else "never" if back["requests"] is None else count(math.ceil(back["requests"]))
+        )
         numbers = [*(count(cost.get(key)) for key in kinds), requests]
         rows.append({"arm": arms[cost["arm"]], "cells": numbers, "few": _few(cost, sets)})
     return {"heads": [*(COSTS[key] for key in kinds), "pays off after requests"], "rows": rows}
