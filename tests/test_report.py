@@ -814,6 +814,15 @@ def test_time_that_is_not_shown_to_be_saved_does_not_pay_off(tmp_path: Path) -> 
     assert "321 requests" in text and "counted in prompt tokens; in time it is not shown to pay off" in text
 
 
+@pytest.mark.parametrize(("mean", "said"), [(400.0, "+400 ms"), (-400.0, "-400.0 ms")])
+def test_one_timed_row_shows_nothing(tmp_path: Path, mean: float, said: str) -> None:
+    saved = {"mean": mean, "low": mean, "high": mean, "n": 1}
+    cost = {**make_evaluation()["cost"], "ms_saved": saved, "break_even_requests": None}
+    text = squeeze(page_of(build_run(tmp_path / "run", cost=cost)).text)
+    assert f"Counted in time, it is not shown to pay off: {said} saved by a request, 1 row." in text
+    assert f"Each request takes 400 ms {'less' if mean > 0 else 'more'} (1 row), on the machine" in text
+
+
 @pytest.mark.parametrize(
     ("saved", "told"),
     [

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from ctxdistill.stats import (
     Estimate,
@@ -24,6 +25,7 @@ from ctxdistill.stats import (
     paired_difference,
     paired_p,
     sign_flip,
+    t_mean,
 )
 
 OPTIONS = {"resamples": 1000, "seed": 0}
@@ -87,6 +89,22 @@ def test_coverage_of_shares(p: float) -> None:
 def test_coverage_of_means() -> None:
     share = coverage(lambda r: bootstrap_mean(r.exponential(1.0, 80), resamples=300, seed=0), 1.0)
     assert 0.89 <= share <= 0.99  # a percentile bootstrap of a skewed mean covers a little less than 95 %
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_coverage_of_means_of_few_values(n: int) -> None:
+    assert 0.92 <= coverage(lambda r: t_mean(r.normal(5.0, 2.0, n)), 5.0, 1000) <= 0.98
+
+
+def test_t_interval_is_that_of_the_t_test() -> None:
+    x = [31.0, 35.5, 29.0, 42.0]
+    known = scipy.stats.ttest_1samp(x, 0.0).confidence_interval(0.95)
+    got = t_mean(x)
+    assert (got.mean, got.n) == (pytest.approx(np.mean(x)), 4)
+    assert (got.low, got.high) == (pytest.approx(known.low), pytest.approx(known.high))
+    assert t_mean([3.5]) == Estimate(3.5, 3.5, 3.5, 1)
+    with pytest.raises(ValueError, match="no rows"):
+        t_mean([])
 
 
 def test_coverage_of_paired_shares() -> None:

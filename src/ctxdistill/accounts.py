@@ -91,7 +91,7 @@ def cost(recipe: Recipe, result: Mapping[str, Any], seconds: dict[str, float], t
     earned back (not rounded): in time only where the timed rows show that one is quicker."""
     teacher, student, timed = result["table"]["in_context"], result["table"]["distilled"], result["ms_saved"]
     saved = teacher["prompt_tokens"]["mean"] - student["prompt_tokens"]["mean"]
-    quicker = timed is not None and timed["low"] > 0
+    quicker = timed is not None and timed["n"] > 1 and timed["low"] > 0  # one row has no interval
     money = None
     c = recipe.cost
     if c.per_million_tokens and c.machine_hour and saved > 0:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from ctxdistill.errors import RunError
+from ctxdistill.readers import count
 from ctxdistill.results import (
     HEAT,
     METRICS,
@@ -269,9 +270,10 @@ def _break_even(cost: Data) -> list[str]:
         lines.append(f"Each request is {shorter(cost['prompt_tokens_saved'])}.")
     if saved := cost.get("ms_saved"):
         more = "less" if saved["mean"] >= 0 else "more"
-        interval = f"[{saved['low']:,.0f}, {saved['high']:,.0f}] saved, {saved['n']} rows"
+        interval = f"[{saved['low']:,.0f}, {saved['high']:,.0f}] saved, " if saved["n"] > 1 else ""
+        shown = f"{interval}{count(saved['n'], 'row')}"
         lines.append(
-            f"Each request takes {abs(saved['mean']):,.0f} ms {more} ({interval}), on the machine that measured it."
+            f"Each request takes {abs(saved['mean']):,.0f} ms {more} ({shown}), on the machine that measured it."
         )
     processed = f" (distilling processed {cost.get('training_tokens') or 0:,} tokens)"
     ways = [("time", cost.get("break_even_requests"), ""), ("prompt tokens", cost.get("break_even_tokens"), processed)]

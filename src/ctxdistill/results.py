@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
+from ctxdistill.readers import count
+
 Data = dict[str, Any]
 
 ARMS = {"zero_shot": "zero-shot", "in_context": "in-context", "distilled": "distilled", "fine_tuned": "fine-tuned"}
@@ -399,10 +401,13 @@ def shorter(saved: float) -> str:
 def in_time(saved: Mapping[str, Any] | None) -> str | None:
     """What the timed requests say where they do not show that one is quicker, `never pays off: ...` or `is not shown to pay off: ...`;
     None where they do, or none was timed."""
-    if not saved or saved["low"] > 0:
+    if not saved:
         return None
-    found = "never pays off" if saved["high"] < 0 else "is not shown to pay off"
-    return f"{found}: {cells('latency_ms', saved, unit='ms', sign=True)} saved by a request, {saved['n']} rows"
+    several = saved["n"] > 1  # one row has no interval
+    if several and saved["low"] > 0:
+        return None
+    found = "never pays off" if several and saved["high"] < 0 else "is not shown to pay off"
+    return f"{found}: {cells('latency_ms', saved, unit='ms', sign=True)} saved by a request, {count(saved['n'], 'row')}"
 
 
 def finite(value: Any) -> TypeGuard[float]:
