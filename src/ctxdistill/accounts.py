@@ -8,6 +8,7 @@ resumed; FLOPs of the parts of a sequence add up to those of the whole, so a cac
 from __future__ import annotations
 
 import contextlib
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +22,12 @@ from ctxdistill.dataset import Data
 from ctxdistill.lm import LM, head_size
 from ctxdistill.objective import Example
 from ctxdistill.policy import rounds
-from ctxdistill.prompts import Prompter
+from ctxdistill.prompts import Pair, Prompter
 from ctxdistill.recipe import Recipe
 from ctxdistill.rundir import RunDir
 from ctxdistill.spool import Lazy
-from ctxdistill.targets import captured_mass
-from ctxdistill.train import State, saved
+from ctxdistill.targets import Labelling, captured_mass
+from ctxdistill.train import State, forward_tokens, retained_rows, saved, saving
 from ctxdistill.weights import give_back_memory, weights_in
 
 
@@ -67,23 +68,53 @@ def truncated(recipe: Recipe, prompter: Prompter, examples: Sequence[Example]) -
 
 
 def spent(
-    recipe: Recipe, lm: LM, run: RunDir, examples: Sequence[Example], result: dict[str, Any]
+    recipe: Recipe,
+    lm: LM,
+    prompter: Prompter,
+    run: RunDir,
+    pairs: Mapping[str, Sequence[Pair]],
+    learnt: Mapping[str, Sequence[Example]],
+    result: Mapping[str, Any],
 ) -> tuple[dict[str, float], int]:
-    """What distilling took: seconds by stage, and tokens in forwards of one token."""
+    """What distilling took: seconds by stage, and tokens that labelling and training put through the model, a token of a
+    training step being three.
+
+    What rows share counts as often as it is read. Not counted: gate and evaluation, padding, and the thoughts that
+    `completions.extract` leaves out. Completions that were rejected count as long as the others.
+
+    Args:
+        pairs: the rows that were labelled, `train` and `validation`.
+        learnt: the examples made of them, and those that hold the student to the base model, `retained`.
+        result: the parts of `evaluation.json` so far.
+    """
     seconds = {"gate": 0.0, "label": 0.0, "train": 0.0, "evaluate": 0.0}
     for line in reversed(run.read_jsonl("timings.jsonl")):  # the first time counts: later ones found the work done
         seconds[line["stage"]] = line["seconds"]
     # a resumed run has trained in several processes; its state knows the whole
-    seconds["train"] = max(seconds["train"], result["training"]["seconds"])
+    training = result["training"]
+    seconds["train"] = max(seconds["train"], training["seconds"])
     seconds["total"] = sum(seconds.values())
-    arms = result["table"]
-    context = arms["in_context"]["prompt_tokens"]["mean"] - arms["distilled"]["prompt_tokens"]["mean"]
-    shared = lm.can_share and not (recipe.context.column or recipe.context.teacher_prompt)
-    lengths = sum(len(e.prompt) + len(e.target.ids) for e in examples)
-    # The teacher reads a shared context once, and each row once; a training step is about 3 forwards.
-    teacher = context * (1 if shared else len(examples)) + lengths
-    own = sum(line.get("forward_tokens", 0) for line in rounds(run))
-    return seconds, round(teacher + 3 * lengths * result["training"]["epochs"] + own)
+    section = saving(recipe.train, training["memory_savings"])
+    size, rows = section.batch_size, learnt["train"]
+    teacher = 0.0
+    with lm.adapter(False):
+        for split in ("train", "validation"):
+            if made := [len(e.target.ids) - 1 for e in learnt[split]]:  # the last token is not read
+                asked = Labelling(lm, prompter, pairs[split], recipe)
+                teacher += asked.prompt_tokens() + len(asked.keys) * statistics.fmean(made)
+        if kept := learnt["retained"]:
+            teacher += sum(len(e.prompt) + len(e.target.ids) - 1 for e in kept)
+            teacher -= (len(kept) - 1) * lm.shared([e.prompt for e in kept])
+    # on-policy, what was learnt from is of other lengths than the teacher's completions
+    own = training["supervised_tokens"] - training["epochs"] * sum(len(e.target.ids) for e in rows)
+    student = training["epochs"] * forward_tokens(lm, rows, section, size) + own
+    if kept:
+        count = retained_rows(len(kept), section)
+        student += training["steps"] * count / len(kept) * forward_tokens(lm, kept, section, count)
+    measured = sum(line["event"] == "validation" for line in run.lines("metrics.jsonl"))
+    held_out = measured * forward_tokens(lm, learnt["validation"], section, size) if measured else 0.0
+    written = sum(line.get("forward_tokens", 0) for line in rounds(run))
+    return seconds, round(teacher + 3 * student + held_out + written)
 
 
 def cost(recipe: Recipe, result: Mapping[str, Any], seconds: dict[str, float], tokens: int) -> dict[str, Any]:

@@ -54,6 +54,8 @@ from ctxdistill.weights import (
     weights_in,
 )
 
+LEAST = 16
+"""Tokens of a shared start that is worth a cache of its own."""
 WORTH_SHARING = 8
 """A shared start below this part of the rows saves less than attention without one, in a single fused kernel, does."""
 FEW, MANY = 32, 256
@@ -219,11 +221,11 @@ class LM:
 
     def prefix(self, sequences: Sequence[Sequence[int]]) -> Prefix | None:
         """The longest common prefix of `sequences`, forwarded once, or None where sharing it does not pay or is not
-        possible: shorter than 16 tokens, or a cache that is not a plain key-value cache (sliding window, state space)."""
+        possible: shorter than `LEAST` tokens, or a cache that is not a plain key-value cache (sliding window, state space)."""
         if self.cartridge():  # what is behind it changes with it
             return None
         ids = common_prefix(sequences)
-        if len(ids) < 16 or len(sequences) < 2:
+        if len(ids) < LEAST or len(sequences) < 2:
             return None
         if not self.can_share:
             self._note(
@@ -231,6 +233,11 @@ class LM:
             )
             return None
         return self._read_prefix(ids)
+
+    def shared(self, sequences: Sequence[Sequence[int]]) -> int:
+        """Tokens that `prefix` would read once for all of `sequences`; 0 where it would not."""
+        n = len(common_prefix(sequences)) if len(sequences) > 1 else 0
+        return n if n >= LEAST and self.can_share and not self.cartridge() else 0
 
     @torch.no_grad()
     def _read_prefix(self, ids: Sequence[int]) -> Prefix:

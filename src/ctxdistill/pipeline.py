@@ -398,7 +398,8 @@ def conclude(
     examples = taught.examples
     result["parts"] = groups.tables(prompter, rows, scores_of(run), examples)
     result |= {"gate": taught.verdict, "training": summary(recipe, lm, prompter, run, state, examples)}
-    seconds, tokens = spent(recipe, lm, run, examples, result)
+    learnt = {"train": examples, "validation": taught.validation, "retained": taught.retained}
+    seconds, tokens = spent(recipe, lm, prompter, run, rows.pairs, learnt, result)
     result |= {
         "cost": cost(recipe, result, seconds, tokens),
         "notes": [

@@ -37,7 +37,7 @@ from ctxdistill.rundir import Progress, RunDir, fingerprint, no_progress
 from ctxdistill.spool import Lazy
 from ctxdistill.store import TargetStore
 from ctxdistill.targets import label
-from ctxdistill.train import rows_of
+from ctxdistill.train import forward_tokens, rows_of
 
 JUDGED = 64
 """Completions of a round, the first ones, on which KL and entropy are measured for its line."""
@@ -211,9 +211,15 @@ class Rounds:
                 batch_loss(self.lm, some[i : i + size], TrainSection(loss="reverse_kl"), stats)
         self.lm.training(True)
         tokens = sum(len(e.target.ids) for e in some)
-        # read by the student to write, by the teacher behind its context to judge, by the student again to measure
-        read = sum(2 * (len(e.prompt) + len(e.target.ids)) for e in own)
-        read += sum(len(e.prompt) + len(e.target.ids) for e in some)
+        # read by the student to write, by the teacher with its context to judge, by the student again to measure
+        asked = [self.pairs[self.numbers[e.id]].teacher for e in own]
+        begun = len(self._prefix.ids) if self._prefix else 0
+        first = not any(line["student_rows"] for line in rounds(self.run))  # the start is read once for all rounds
+        read = sum(
+            len(e.prompt) + len(prompt) + 2 * len(e.target.ids) - 2 for e, prompt in zip(own, asked, strict=True)
+        )
+        read -= (len(own) - 1) * self.lm.shared([e.prompt for e in own]) + (len(own) - first) * begun
+        read += forward_tokens(self.lm, some, TrainSection(), size)
         found |= {name: float(value) / tokens for name, value in stats.items()}
         return found | {
             "tokens": how.tokens, "ended": how.ended, "repeated": how.repeated, "forward_tokens": read,

@@ -246,6 +246,18 @@ class Labelling:
         self.prefix = self.lm.prefix(Lazy(rows, self._prompt))
         self.read = part
 
+    def prompt_tokens(self) -> int:
+        """Tokens of prompts that are read for all completions: what the rows of a part start with once, the rest for each row."""
+        total, writes = 0, self.completions.source == "teacher" and not self.completions.extract
+        for number, part in enumerate(np.unique(self.own).tolist()):
+            rows = np.flatnonzero(self.own == part)
+            prompts = Lazy(rows, self._prompt)
+            start = self.lm.shared(prompts if part else Lazy(range(len(self.keys)), self._prompt))
+            total += start + sum(len(prompt) - start for prompt in prompts)
+            if writes and number == 0:  # the first row is read again (`_agree`)
+                total += len(self._prompt(int(self.order[0]))) - start
+        return total
+
     def targets(self, store: TargetStore) -> Sequence[list[Target]]:
         """What the store holds for each pair, all being labelled."""
         keys, samples = self.keys, self.samples

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ctxdistill import processes, sealed, trackers
 from ctxdistill.errors import TrainError
-from ctxdistill.lm import LM
+from ctxdistill.lm import LM, WORTH_SHARING, common_prefix
 from ctxdistill.objective import Example, Stats, add, batch_loss
 from ctxdistill.prompts import join
 from ctxdistill.recipe import TrainSection
@@ -141,6 +141,18 @@ def mean_loss(lm: LM, examples: Sequence[Example], section: TrainSection) -> flo
 def mean_kl(lm: LM, examples: Sequence[Example], batch_size: int) -> float:
     """Mean KL(teacher || student) per supervised token, in nats, whatever is trained."""
     return mean_loss(lm, examples, TrainSection(loss="forward_kl", batch_size=batch_size))
+
+
+def forward_tokens(lm: LM, examples: Sequence[Example], section: TrainSection, size: int) -> int:
+    """Tokens of the student's forwards over all `examples` once, in steps of `size` rows: what they all start with is read
+    once in each pass of a model whose rows can be packed."""
+    lengths = [len(e.prompt) + len(e.target.ids) for e in examples]
+    shared = len(common_prefix(e.prompt for e in examples)) if len(lengths) > 1 else 0
+    if not lm.can_pack or section.gradient_checkpointing or WORTH_SHARING * shared < max(lengths):
+        shared = 0
+    full, rest = divmod(len(lengths), size)
+    passes = sum(-(-n // (section.micro_batch or size)) for n in [size] * full + [rest])
+    return sum(lengths) - len(lengths) - (len(lengths) - passes) * shared
 
 
 def saving(section: TrainSection, times: int, found: str = "") -> TrainSection:
