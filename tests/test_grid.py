@@ -67,6 +67,14 @@ def test_an_arm_of_ones_own() -> None:
     assert made.training(ARMS["ft_lora"], 0).epochs == made.finetune.epochs
 
 
+def test_one_value_is_a_list_of_one(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text('[model]\nnames = "a/b"\n[tasks]\nnames = "trec"\n')
+    more = ["model.names=/x/y.gguf", "grid.demos=4", "grid.sets=1", "grid.arms=zero_shot"]
+    made = Study.load(tmp_path / "s.toml", more)
+    assert made.model.names == ["/x/y.gguf"] and made.tasks.names == ["trec"]
+    assert made.grid.demos == [4] and made.grid.sets == [1] and made.grid.arms == ["zero_shot"]
+
+
 def test_a_table_changes_single_values_of_the_default() -> None:
     made = study(train={"epochs": 3})
     assert (made.train.epochs, made.train.validation, made.train.lr) == (3, 0.0, Study.model_fields["train"].default.lr)

@@ -335,6 +335,17 @@ def test_a_teacher_with_another_tokenizer_is_refused(folder: Path) -> None:
         study(made, folder / "out")
 
 
+@pytest.mark.parametrize(("key", "value"), [("names", ["no/such-model"]), ("teacher", "no/such-model")])
+def test_a_packaged_file_of_the_model_is_named_as_a_study_takes_it(
+    key: str, value: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctxdistill.weights.packaged_gguf", lambda package: folder / "such-model.Q4_1.gguf")
+    made = grid(folder, model={key: value}, grid={"demos": [2], "sets": [0], "arms": ["cd_one"]})
+    with pytest.raises(ModelError, match="cannot load the model") as caught:
+        study(made, folder / "out")
+    assert f"model.{key}={folder / 'such-model.Q4_1.gguf'}" in caught.value.fix
+
+
 def test_two_at_once_are_refused(folder: Path) -> None:
     lock = studies.RunDir(folder / "out")
     lock.lock()

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ctxdistill.arms import ARMS, CONTROLS, Arm
 from ctxdistill.errors import RecipeError, several
@@ -40,11 +40,16 @@ UNUSED = (
 """Keys of a recipe's `train` that a study does not use: its students learn from all their queries, the teacher's answers alone."""
 
 
+OneOrMore = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
+"""For a list that may be written as its one value."""
+
+
 class ModelsSection(Section):
     """The models of the study."""
 
-    names: Annotated[list[str], Field(min_length=1)]
-    """Hub ids, folders or `.gguf` files, as `model.name` of a recipe."""
+    names: Annotated[list[str], OneOrMore, Field(min_length=1)]
+    """Hub ids, folders or `.gguf` files, as `model.name` of a recipe. One name, as one value of any list of `grid`, needs no
+    brackets: `model.names=PATH`."""
     teacher: str | None = None
     """A bigger model with the same tokenizer, for the arms that are taught by one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -60,7 +65,7 @@ class ModelsSection(Section):
 class TasksSection(Section):
     """The tasks and where their rows are."""
 
-    names: Annotated[list[str], Field(min_length=1)]
+    names: Annotated[list[str], OneOrMore, Field(min_length=1)]
     """Any of the tasks that `ctxdistill study --tasks` lists."""
     root: str | None = None
     """A folder with the data sets (relative to the study file; layout in docs/studies.md). Unset: from the hub."""
@@ -74,15 +79,21 @@ class TasksSection(Section):
 class GridSection(Section):
     """What is crossed with what."""
 
-    demos: Annotated[list[Positive], Field(min_length=1)] = [16]
+    demos: Annotated[list[Positive], OneOrMore, Field(min_length=1)] = [16]
     """Numbers of demonstrations."""
-    sets: Annotated[list[NotNegative], Field(min_length=1)] = [0, 1, 2]
+    sets: Annotated[list[NotNegative], OneOrMore, Field(min_length=1)] = [0, 1, 2]
     """Seeds; each draws its own demonstrations and queries."""
     contexts: Positive = 8
     """Demonstration sets behind the arms with many contexts (the first one is that of the one-context arms)."""
     queries: Positive = 128
     """Training queries without labels."""
-    arms: Annotated[list[str], Field(min_length=1)] = ["zero_shot", "in_context", "ft_lora", "cd_one", "cd_many"]
+    arms: Annotated[list[str], OneOrMore, Field(min_length=1)] = [
+        "zero_shot",
+        "in_context",
+        "ft_lora",
+        "cd_one",
+        "cd_many",
+    ]
     """Arms by name; `NAME+CONTROL` adds a control to one that learns from a teacher."""
     draw: Literal["clean", "paper"] = "clean"
     """How rows are drawn: `clean`, or `paper` as the authors' code does (docs/paper.md)."""

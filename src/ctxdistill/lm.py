@@ -94,8 +94,11 @@ class LM:
     """What the user should know, such as a fall-back that was taken."""
 
     @classmethod
-    def load(cls, section: ModelSection, base_dir: Path = Path("."), *, dropout: bool = False) -> LM:
-        """Load the model and tokenizer that the recipe names, frozen, in eval mode; `dropout` leaves the model's own in.
+    def load(
+        cls, section: ModelSection, base_dir: Path = Path("."), *, dropout: bool = False, key: str = "model.name"
+    ) -> LM:
+        """Load the model and tokenizer that the recipe names (with `key`), frozen, in eval mode; `dropout` leaves the model's
+        own in.
 
         Raises: `ModelError` when there is no such model, or its head is not understood.
         """
@@ -106,8 +109,8 @@ class LM:
         dtype = pick_dtype(section.dtype, device)
         source, weights = locate(section, base_dir)
         options: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-        tokenizer = load_tokenizer(section, base_dir)
-        with loading(section.name):
+        tokenizer = load_tokenizer(section, base_dir, key=key)
+        with loading(section.name, key):
             config = AutoConfig.from_pretrained(source, **options)
             if weights and not section.trust_remote_code:
                 check_size(config, sorted(Path(source).glob("*.safetensors")), section.name)

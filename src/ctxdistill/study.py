@@ -296,7 +296,8 @@ class Runner:
             self.bench = None  # it holds the model that has to go
             m = self.grid.model
             section = ModelSection(name=name, dtype=m.dtype, device=m.device, window=m.window)
-            lm = self.models[name] = LM.load(section, self.grid.base_dir, dropout=m.dropout)
+            key = "model.teacher" if name == m.teacher else "model.names"
+            lm = self.models[name] = LM.load(section, self.grid.base_dir, dropout=m.dropout, key=key)
             count, size = lm.info["parameters"], next(lm.model.parameters()).element_size()
             log.info(
                 "%s on %s: %.0f million parameters, %.1f GB; arms that train all weights take about %.1f GB",

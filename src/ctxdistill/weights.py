@@ -134,8 +134,8 @@ def quiet_peft() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Quiet transformers' own bars and turn its errors into ours."""
+def loading(name: str, key: str = "model.name") -> Iterator[None]:
+    """Quiet transformers' own bars and turn its errors into ours. `key`: what takes the model's name."""
     transformers.utils.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -153,14 +153,14 @@ def loading(name: str) -> Iterator[None]:
             expected="a hub id, a local folder with config.json and safetensors, or a .gguf file",
             found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
             fix="check the name; without network access use a local folder or a .gguf file"
-            + (f", such as that of the package {PACKAGE}: model.name={file}" if packaged else ""),
+            + (f", such as that of the package {PACKAGE}: {key}={file}" if packaged else ""),
         ) from None
 
 
-def load_tokenizer(section: ModelSection, base_dir: Path = Path(".")) -> Any:
-    """The tokenizer alone, with a padding token."""
+def load_tokenizer(section: ModelSection, base_dir: Path = Path("."), *, key: str = "model.name") -> Any:
+    """The tokenizer alone, with a padding token. `key`: as in `loading`."""
     source, _ = locate(section, base_dir, weights=False)
-    with loading(section.name):
+    with loading(section.name, key):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
@@ -188,7 +188,7 @@ def locate(section: ModelSection, base_dir: Path, *, weights: bool = True) -> tu
     path = (base_dir / Path(name).expanduser()).resolve()
     if name.endswith(".gguf"):
         if not path.is_file():
-            raise ModelError(f"no model file at {path}", expected="a .gguf file", fix="check model.name in the recipe")
+            raise ModelError(f"no model file at {path}", expected="a .gguf file", fix="check the name of the model")
         sha = file_sha256(path)
         return str(convert_gguf(path, sha)), sha
     if path.is_dir():
@@ -202,7 +202,7 @@ def locate(section: ModelSection, base_dir: Path, *, weights: bool = True) -> tu
                 f"{path} is no model's folder: no config.json in it",
                 expected="a folder with config.json and *.safetensors",
                 found=there,
-                fix="check model.name in the recipe",
+                fix="check the name of the model",
             )
         found = sorted(path.glob("*.safetensors")) if weights else []
         if weights and not found:
@@ -215,7 +215,7 @@ def locate(section: ModelSection, base_dir: Path, *, weights: bool = True) -> tu
         return str(path), hashlib.sha256("".join(map(file_sha256, found)).encode()).hexdigest() if found else None
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
-            f"no model folder at {path}", expected="a folder with config.json", fix="check model.name in the recipe"
+            f"no model folder at {path}", expected="a folder with config.json", fix="check the name of the model"
         )
     return name, None
 
