@@ -365,8 +365,9 @@ def test_distillation_brings_the_student_to_its_teacher(lm: LM, tmp_path: Path) 
 def test_a_context_that_does_not_fit_is_said_before_anything_is_done(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "model", "llama", chat=False)
     bench = make_bench(LM.load(ModelSection(name=str(folder), window=80)))
-    with pytest.raises(FitError, match="does not fit"):
+    with pytest.raises(FitError, match=r"a prompt .* does not fit") as caught:
         run_cell(bench, ARMS["in_context"], RunDir(tmp_path / "run"))
+    assert "grid.demos" in caught.value.fix and "context." not in caught.value.fix  # keys that a study has
     run_cell(bench, ARMS["zero_shot"], RunDir(tmp_path / "run"))
 
 

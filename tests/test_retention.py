@@ -404,7 +404,7 @@ def test_the_model_really_answers(lm: LM) -> None:
 
 
 def test_prompts_that_do_not_fit_are_refused(lm: LM) -> None:
-    with pytest.raises(FitError, match="retention"):
+    with pytest.raises(FitError, match=r"fix: .*retention\.formats"):
         format_following(lm, [Format("a", "x" * 420, ())], max_new_tokens=96)
 
 

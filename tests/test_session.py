@@ -224,6 +224,16 @@ def test_a_run_that_cannot_follow_leaves_the_one_before_as_it_was(
     assert torch.equal(states(following.lm, on=True), states(session.lm, on=True))
 
 
+def test_answers_that_are_too_long_are_told_how_long_they_may_be(session: Session) -> None:
+    room = session.lm.window - len(session.prompter.pair_of_text("say emu").teacher)
+    with pytest.raises(FitError, match="does not fit") as caught:
+        list(session.answer("say emu", max_new_tokens=100_000))
+    assert f"at most {room}" in caught.value.fix and "--max-new-tokens" in caught.value.fix
+    with pytest.raises(FitError, match="does not fit") as caught:
+        list(session.answer("say emu" * session.lm.window, max_new_tokens=1))
+    assert "shorten the text" in caught.value.fix
+
+
 def test_failures_reach_the_reader_and_leave_the_session_usable(
     session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

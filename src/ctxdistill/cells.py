@@ -42,6 +42,7 @@ NOTHING = Context(None, (), ())
 """No demonstrations."""
 SECTION = DataSection(data="queries.jsonl")
 Score = dict[str, Any]
+FIT = "lower grid.demos, raise model.window where the study sets it, or take a model with a larger window"
 
 
 @dataclass
@@ -122,7 +123,8 @@ class Bench:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         some = [prompts[i] for i in order]
         room = max(map(len, prompter.labels.values()))
-        check_fit([(self.task.name, len(p) + room) for p in some], lm.window, "demonstrations, query and answer")
+        lengths = [(self.task.name, len(p) + room) for p in some]
+        check_fit(lengths, lm.window, "a prompt of demonstrations, query and answer", FIT)
         with torch.no_grad():
             found = score_labels(
                 lm, some, prompter.labels, prefix=lm.prefix(some), batch_size=self.study.eval.batch_size

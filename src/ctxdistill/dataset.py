@@ -78,7 +78,7 @@ def prepare(
 
     for split, found in pairs.items():
         lengths = ((pair.origin, needed(pair, split == "eval")) for pair in found)
-        check_fit(lengths, lm.window, f"context, {split} query and answer")
+        check_fit(lengths, lm.window, f"a prompt of context, {split} query and answer")
     progress(LOADING, 1, 1)
     return lm, prompter, Data(splits, pairs, counts)
 

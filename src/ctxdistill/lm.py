@@ -759,7 +759,14 @@ def check_finite(values: torch.Tensor, what: str, rows: Sequence[str] = ()) -> N
         )
 
 
-def check_fit(lengths: Iterable[tuple[str, int]], window: int, what: str) -> None:
+FIT = (
+    "use fewer demonstrations (context.demos_limit), documents in chunks (context.chunk_tokens), fewer max_new_tokens, or a model "
+    "with a larger window; where the query itself is too long, shorten or remove that row"
+)
+"""What to do about rows of a recipe that are too long."""
+
+
+def check_fit(lengths: Iterable[tuple[str, int]], window: int, what: str, fix: str = FIT) -> None:
     """Raise `FitError` naming the longest sequences that do not fit. `lengths`: (where from, tokens) pairs."""
     count, long, longest = 0, 0, (0, "")
     for where, n in lengths:
@@ -770,7 +777,5 @@ def check_fit(lengths: Iterable[tuple[str, int]], window: int, what: str) -> Non
             f"{what} does not fit the model's window: {long} of {count} rows",
             expected=f"at most {window} tokens, answer included",
             found=f"{n} tokens ({where})",
-            fix="use fewer demonstrations (context.demos_limit), documents in chunks (context.chunk_tokens), fewer "
-            "max_new_tokens, or a model with a larger window; where the query itself is too long, shorten or remove that row; "
-            "nothing is cut in silence",
+            fix=f"{fix}; nothing is cut in silence",
         )

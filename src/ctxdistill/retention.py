@@ -213,7 +213,8 @@ def format_following(
         for prompt in prompts
     ]
     lengths = [(prompt.id, len(ids) + max_new_tokens) for prompt, ids in zip(prompts, asked, strict=True)]
-    check_fit(lengths, lm.window, "a prompt of the retention check")
+    fix = "set retention.formats and retention.programs to 0, or take a model with a larger window"
+    check_fit(lengths, lm.window, "a prompt of the retention check", fix)
     followed = 0
     for start in range(0, len(prompts), BATCH):
         with _language_head(lm):

@@ -141,7 +141,9 @@ class Session:
         pair = self.pair(text)
         labels = self.prompter.labels
         limit = max(map(len, labels.values()), default=max_new_tokens or self.recipe.eval.max_new_tokens)
-        check_fit([("your text", len(pair.teacher) + limit)], self.lm.window, "the prompt")
+        room = self.lm.window - len(pair.teacher)
+        short = f"at most {room} max_new_tokens (--max-new-tokens)" if room > 0 and not labels else "shorten the text"
+        check_fit([("your text", len(pair.teacher) + limit)], self.lm.window, "the prompt with its answer", short)
         for arm in ARMS:
             prompt = pair.teacher if arm == "in_context" else pair.student
             key = (arm, prompt, limit, strength if arm == "distilled" else None)
