@@ -371,6 +371,12 @@ def test_a_context_that_does_not_fit_is_said_before_anything_is_done(tmp_path: P
     run_cell(bench, ARMS["zero_shot"], RunDir(tmp_path / "run"))
 
 
+def test_a_row_in_several_contexts_is_one_labelled_example(lm: LM) -> None:
+    bench = make_bench(lm)
+    bench.draw = Draw((tuple(ROWS[:4]), tuple(ROWS[2:6]), tuple(ROWS[:4])), tuple(ROWS[12:18]))
+    assert prompt_cost(bench, ARMS["in_context_many"])["labelled"] == 6
+
+
 def test_beyond_the_window(tmp_path: Path) -> None:
     """Demonstrations that together fill the window many times over: the student comes closer to what they say together
     than the single contexts, all of which fit, do on average. (On a random model there is no truth to be closer to.)"""

@@ -51,7 +51,8 @@ class Arm(Section):
     fitted for each context on the labelled `demonstrations` of the other contexts (Platt scaling); needs many contexts."""
     demos_weight: AtLeastZero = 0.0
     """Distillation with this many parts of cross-entropy on the true labels of the demonstrations that the teacher sees
-    for one part of queries: they are repeated among the queries until their share is that large."""
+    for one part of queries: they are repeated among the queries until their share is about that large. Each is there at least
+    once: where the demonstrations alone are more than that share (8 contexts of 16 are as many as 128 queries), they weigh more."""
     label_weight: Fraction | None = None
     """In place of the study's `label_weight`."""
     student_demos: NotNegative = 0

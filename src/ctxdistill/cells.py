@@ -340,7 +340,7 @@ def prompt_cost(bench: Bench, arm: Arm) -> dict[str, Any]:
     shown = len(readings) if arm.combine == "mixture" else 1
     flops = forward_flops(bench.lm, round(float(np.mean(lengths))), projected=1) * shown
     return {
-        "labelled": sum(len(c.demos) for c in bench.contexts(arm)) if arm.combine == "mixture" else len(bench.draw.contexts[0]),
+        "labelled": len({r.id for c in bench.contexts(arm)[:shown] for r in c.demos}),
         "unlabelled": len(bench.queries(arm)) if arm.calibration == "queries" else 0,
         "trained_tokens": 0, "teacher_flops": 0.0, "train_flops": 0.0, "request_flops": flops, "trainable": 0,
         "adapter_bytes": 0, "prompt_tokens": float(np.mean(lengths)) * shown,
