@@ -197,3 +197,15 @@ def test_a_recipe_and_a_study_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is a study and not a recipe") as caught:
         Recipe.load(study)
     assert caught.value.fix == f"ctxdistill study {study}"
+
+
+def test_an_arm_that_moves_the_demonstrations_of_many_contexts_makes_their_cells_anew() -> None:
+    """Queries are drawn first, for all arms alike: more of them leave other rows for the second context and on."""
+    arms = {"more": {"like": "cd_one", "queries": 120}, "few": {"like": "cd_one", "queries": 20}}
+    small, same, large = (
+        study(grid={"queries": 64, "sets": [0], "arms": ["cd_one", "cd_many", *more]}, arms=arms)
+        for more in ([], ["few"], ["more"])
+    )
+    keys = [{c.arm: cell_key(s, c) for c in s.cells() if c.task == "trec"} for s in (small, same, large)]
+    assert keys[0]["cd_many"] == keys[1]["cd_many"] != keys[2]["cd_many"]
+    assert keys[0]["cd_one"] == keys[2]["cd_one"]  # the first context stays

@@ -298,6 +298,12 @@ class Study(Section):
         """The adapter of an arm."""
         return LoraSection.model_validate({**self.lora.model_dump(), **arm.lora})
 
+    def drawn(self) -> tuple[int, int]:
+        """How many contexts and queries are drawn for each demonstration set: what the arms together need."""
+        arms = [self.arm(name) for name in self.grid.arms]
+        contexts = self.grid.contexts if any(arm.context == "many" for arm in arms) else 1
+        return contexts, max([self.grid.queries, *(arm.queries for arm in arms)])
+
     def other_task(self, name: str) -> str:
         """The task whose demonstrations the control `irrelevant_context` takes for the task `name`: the next one."""
         names = self.tasks.names
@@ -358,6 +364,12 @@ def cell_key(study: Study, cell: Cell) -> str:
     shared["model"] = {k: v for k, v in values["model"].items() if k != "names"}
     arm = study.arm(cell.arm)
     grid = {key: values["grid"][key] for key in ("contexts", "queries", "draw")}
+    if (
+        arm.context == "many" or arm.calibration == "demonstrations"
+    ):  # all contexts but the first move with what is drawn
+        contexts, queries = study.drawn()
+        if (contexts, queries) != (grid["contexts"], grid["queries"]):
+            grid["drawn"] = [contexts, queries]
     training = study.training(arm, cell.set or 0).model_dump() if arm.trains != "nothing" else None
     if arm.trains != "nothing" and arm.targets == "teacher":
         training = {**(training or {}), "label_weight": study.weight(arm)}

@@ -363,9 +363,7 @@ def read_task(grid: Study, name: str) -> TaskRows:
 
 def draw_of(grid: Study, rows: TaskRows, n: int, seed: int) -> Draw:
     """Demonstrations and queries of a demonstration set."""
-    arms = [grid.arm(name) for name in grid.grid.arms]
-    contexts = grid.grid.contexts if any(arm.context == "many" for arm in arms) else 1
-    queries = max([grid.grid.queries, *(arm.queries for arm in arms)])
+    contexts, queries = grid.drawn()
     return draw(rows.train, rows.task.labels, n=n, queries=queries, seed=seed, contexts=contexts, mode=grid.grid.draw)
 
 
