@@ -260,6 +260,28 @@ def test_cells_without_a_result_are_listed(tmp_path: Path) -> None:
     assert "tiny-trec-n16-set0-cd_one" in (folder / "report.md").read_text(encoding="utf-8")
 
 
+def test_cells_with_the_same_reason_but_for_numbers_are_one_entry(tmp_path: Path) -> None:
+    folder = small(tmp_path / "s")
+    reasons = [f"prompts do not fit: {n} of 9 rows\nexpected: at most 400\nfound: {400 + n} tokens" for n in (3, 4, 4)]
+    for number, reason in enumerate(reasons):
+        edit(folder, f"tiny-trec-n16-set{number}-cd_one", status="infeasible", reason=reason)
+    edit(folder, "tiny-trec-n16-set0-ft_lora", status="failed", reason="no layer of opt-125m\nfound: nope")
+    page = write_report(folder)
+    text = text_of(page)
+    assert "3 infeasible: prompts do not fit: … of … rows" in text
+    assert "1 failed: no layer of opt-125m" in text
+    html = page.read_text(encoding="utf-8")
+    (listed,) = re.findall(r"<summary>3 infeasible.*?</details>", html, re.DOTALL)
+    assert "3 of 9 rows\nexpected: at most 400\nfound: 403 tokens" in listed  # line breaks, which pre-line shows
+    assert "404 tokens" not in listed  # one of them in full
+    assert listed.count("<li>") == 3
+    assert "white-space: pre-line" in html
+    lines = (folder / "report.md").read_text(encoding="utf-8").split("## Cells without a result")[1].splitlines()
+    (line,) = [line for line in lines if line.startswith("- 3 infeasible")]
+    assert line == "- 3 infeasible: prompts do not fit: … of … rows"
+    assert [line.count("tiny-trec-n16-set") for line in lines if line.startswith("  - ")] == [1, 3, 1, 1]
+
+
 def test_a_study_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
     folder = small(tmp_path / "s")
     for cell in (folder / "cells").iterdir():

@@ -8,6 +8,7 @@ anywhere, no script runs and text that comes from data is escaped by the environ
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -407,8 +408,17 @@ def _mean(values: Iterable[Any]) -> float | None:
 
 
 def _missing(missing: Sequence[Mapping[str, Any]]) -> list[Data]:
-    """Cells without scores, grouped by what is known about them."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    """Cells without scores, grouped by what is known about them: the first line of the reason but for its numbers."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for cell in missing:
-        groups.setdefault((cell["status"], cell["reason"] or NO_VALUE), []).append(cell["cell"])
-    return [{"status": status, "reason": reason, "cells": cells_} for (status, reason), cells_ in groups.items()]
+        kind = re.sub(r"(?<![\w.-])\d[\d,.]*(?![\w-])", "…", (cell["reason"] or NO_VALUE).split("\n")[0])
+        groups.setdefault((cell["status"], kind), []).append(cell)
+    return [
+        {
+            **{"status": status, "cells": [cell["cell"] for cell in group], "first": group[0]["reason"] or NO_VALUE},
+            "kind": kind
+            if len({cell["reason"] for cell in group}) > 1
+            else (group[0]["reason"] or NO_VALUE).split("\n")[0],
+        }
+        for (status, kind), group in groups.items()
+    ]
