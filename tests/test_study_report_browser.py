@@ -50,6 +50,30 @@ def test_claims_are_seen_first_and_plots_are_large_enough(browser: Any, page: Pa
     assert all(5 < mark.rect["width"] < 25 for mark in marks)
 
 
+def test_tables_show_what_matters_without_scrolling(browser: Any, tmp_path: Path) -> None:
+    page = write_report(build_study(tmp_path / "s", sets=(0, 1, 2), rows=30))
+    load(browser, page.as_uri(), 390)
+    browser.execute_script(UNFOLD)
+    narrow = """
+        return [...document.querySelectorAll(".pairs tbody tr")].map(row => {
+            const [arms, points] = [row.children[2], row.children[3]].map(e => e.getBoundingClientRect());
+            return [arms.width, points.right - row.closest(".scroll").getBoundingClientRect().right]; })"""
+    found = browser.execute_script(narrow)
+    assert found
+    assert all(width > 110 and beyond < 1 for width, beyond in found)
+    load(browser, page.as_uri(), 1200)
+    browser.execute_script(UNFOLD)
+    beyond = """
+        return [...document.querySelectorAll(".costs")].map(e => [e.scrollWidth, e.closest(".scroll").clientWidth])"""
+    assert all(wide <= room for wide, room in browser.execute_script(beyond))
+    pairs = """
+        return [...document.querySelectorAll(".part .plots")].map(plots => [...plots.children].map(e => {
+            const r = e.getBoundingClientRect(); return [Math.round(r.top), Math.round(r.height)]; }))"""
+    for plots in browser.execute_script(pairs):
+        heights = [{height for top, height in plots if top == row} for row in {top for top, _ in plots}]
+        assert all(len(of_row) == 1 for of_row in heights)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_and_plots_stand_out_from_the_background(browser: Any, page: Path, scheme: str) -> None:
     load(browser, page.as_uri(), 1280, scheme)
