@@ -99,13 +99,11 @@ def test_label_tasks_are_measured_by_label(job: Path) -> None:
         said = score["greedy"].strip().casefold()
         assert score["metrics"]["free_label"] == (said in ("ant", "bee"))
         assert score["metrics"]["free_accuracy"] == (said == score["answer"].casefold())
-    result = tables(scores, {}, recipe.eval, 0)
+    result = tables(scores, {}, recipe.eval)
     assert result["main_metric"] == "label_accuracy" and "macro_f1" in result["table"]["zero_shot"]
     asked = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"metrics": ["macro_f1"]})})
     scores = {"zero_shot": score_arm("zero_shot", lm, prompter, pairs, targets, asked)}
-    assert (
-        tables(scores, {}, asked.eval, 0)["table"]["zero_shot"]["macro_f1"] == result["table"]["zero_shot"]["macro_f1"]
-    )
+    assert tables(scores, {}, asked.eval)["table"]["zero_shot"]["macro_f1"] == result["table"]["zero_shot"]["macro_f1"]
     assert result["constant"] == {
         "prediction": result["constant"]["prediction"],
         "metric": "label_accuracy",
@@ -147,7 +145,7 @@ def test_time_is_saved_where_the_timed_rows_show_it() -> None:
         ([90.0, 110.0], [80.0, 70.0], False),  # both are quicker, by 10 and 40: two rows do not show it
         ([90.0], [50.0], False),
     ):
-        found = tables(scores, {"in_context": teacher, "distilled": student}, recipe.eval, 0)
+        found = tables(scores, {"in_context": teacher, "distilled": student}, recipe.eval)
         saved = found["ms_saved"]
         n = len(teacher)
         assert saved["mean"] == pytest.approx(sum(teacher) / n - sum(student) / n) and saved["n"] == n
@@ -158,7 +156,7 @@ def test_time_is_saved_where_the_timed_rows_show_it() -> None:
         paid = cost(recipe, found, {"total": 4.0}, 100)
         assert paid["ms_saved"] == saved
         assert paid["break_even_requests"] == (4000 / saved["mean"] if shown else None)
-    assert tables(scores, {}, recipe.eval, 0)["ms_saved"] is None
+    assert tables(scores, {}, recipe.eval)["ms_saved"] is None
 
 
 def test_tables_and_the_gate() -> None:
@@ -173,7 +171,7 @@ def test_tables_and_the_gate() -> None:
         "distilled": [score("distilled", i, float(i % 2), 0.1) for i in rows],
     }
     recipe = Recipe.from_dict({"model": {"name": "x"}, "context": {"system": "s"}, "queries": {"data": "q"}})
-    result = tables(scores, {}, recipe.eval, 0)
+    result = tables(scores, {}, recipe.eval)
     assert result["kl_closed"]["mean"] == pytest.approx(0.95)
     assert result["gap_closed"]["mean"] == pytest.approx(0.5 / 0.75)
     assert result["table"]["in_context"]["exact_match"]["mean"] == 0.75
@@ -190,7 +188,7 @@ def test_tables_and_the_gate() -> None:
     pairs = {(c["a"], c["b"]): c for c in result["comparisons"]}
     assert pairs["in_context", "zero_shot"]["p_mcnemar"] < 1e-6
     shares = {arm: [s | {"metrics": {"exact_match": 0.5}} for s in found] for arm, found in scores.items()}
-    assert {c["p_mcnemar"] for c in tables(shares, {}, recipe.eval, 0)["comparisons"]} == {None}
+    assert {c["p_mcnemar"] for c in tables(shares, {}, recipe.eval)["comparisons"]} == {None}
 
     class FakeLM:
         window = 100
@@ -207,6 +205,11 @@ def test_tables_and_the_gate() -> None:
 
     assert verdict(0.0, 2.0)["verdict"] == "teach"
     assert verdict(0.0, 2.0)["context_tokens"] == 15
+    seeds = [Recipe.from_dict({**recipe.to_dict(), "train": {"seed": seed}}) for seed in (0, 7)]
+    found = [gate_verdict(scores, [FakePair()] * len(scores["zero_shot"]), FakeLM(), r) for r in seeds]  # type: ignore[list-item, arg-type]
+    assert (
+        found[0] == found[1] and found[0]["kl"]["low"] < found[0]["kl"]["high"]
+    )  # the training's seed moves no interval
     assert verdict(0.0, 0.001)["verdict"] == "nothing to teach"
     assert verdict(0.75, 2.0)["verdict"] == "nothing to teach"  # no gain
     assert verdict(1.0, 2.0)["gain"]["mean"] == pytest.approx(-0.25)  # the context hurts
@@ -273,7 +276,7 @@ def test_arms_are_compared_on_the_rows_that_both_can_be_judged_on() -> None:
 
     def judged(base: list[float | None], teacher: list[float | None], student: list[float | None]) -> Any:
         arms = {"zero_shot": scores(base), "in_context": scores(teacher), "distilled": scores(student)}
-        found = tables(arms, {}, recipe.eval, 0)
+        found = tables(arms, {}, recipe.eval)
         pairs = {(c["a"], c["b"]): (c["difference"]["mean"], c["difference"]["n"]) for c in found["comparisons"]}
         lm: Any = SimpleNamespace(window=100)
         prompts: Any = [SimpleNamespace(teacher=(0,) * 20, student=(0,) * 5)]

@@ -23,6 +23,7 @@ from ctxdistill.errors import DataError, RunError
 from ctxdistill.results import finite
 from ctxdistill.rundir import RunDir
 from ctxdistill.stats import (
+    SEED,
     Estimate,
     constant_baseline,
     crossed_closed,
@@ -38,7 +39,7 @@ Data = dict[str, Any]
 Key = tuple[str, str, int, str]
 """Model, task, number of demonstrations (0: none), arm."""
 
-RESAMPLES, SEED = 2000, 0
+RESAMPLES = 2000
 RETAINED = ("perplexity", "format", "pass_at_1")
 CONSTANT: Data = {
     "name": "constant",

@@ -121,7 +121,7 @@ class Check:
     ) -> None:
         self.recipe, self.lm, self.prompter, self.store = recipe, lm, prompter, store
         self.progress, self.done, self.total = progress, 0, total
-        self.options = {"resamples": recipe.eval.bootstrap, "seed": recipe.train.seed}
+        self.options = {"resamples": recipe.eval.bootstrap, "seed": stats.SEED}
 
     def base(self, pairs: Sequence[Pair], limit: int) -> Sequence[Target]:
         """The base model's own greedy answers to the prompts `pair.teacher`, with what it says of each token."""

@@ -30,7 +30,6 @@ LEAST = 8
 FEW = 30
 """Shared rows below which a difference that matters can easily be missed."""
 RESAMPLES = 10_000
-SEED = 0
 NAMES = {
     "model.name": "model", "context.kinds": "context", "completions.source": "completions", "train.loss": "loss",
     "train.epochs": "epochs", "train.lr": "learning rate", "lora.rank": "rank", "train.seed": "seed",
@@ -207,8 +206,8 @@ def _pair(a: Data, b: Data, pairs: list[Data], refused: list[Data]) -> None:
             continue
         x, y = np.array(judged, dtype=float).T
         binary = set(np.unique([x, y])) <= {0.0, 1.0}
-        difference = stats.paired_difference(x, y, resamples=RESAMPLES, seed=SEED)
-        p = stats.mcnemar(x, y) if binary else stats.paired_p(x, y, resamples=RESAMPLES, seed=SEED)
+        difference = stats.paired_difference(x, y, resamples=RESAMPLES, seed=stats.SEED)
+        p = stats.mcnemar(x, y) if binary else stats.paired_p(x, y, resamples=RESAMPLES, seed=stats.SEED)
         pairs.append(_found(a, b, metric, difference, p, "McNemar" if binary else "sign flips"))
 
 
@@ -242,9 +241,9 @@ def _closed(a: Data, b: Data, shared: Sequence[str]) -> Data:
 
     base, x, y = sums(a, "zero_shot"), sums(a, "distilled"), sums(b, "distilled")
     # 1 - (base - (y - x)) / base is what is asked for, so the one estimator of `kl_closed` serves here, too
-    difference = stats.kl_closed(base - (y - x), base, tokens, resamples=RESAMPLES, seed=SEED)
+    difference = stats.kl_closed(base - (y - x), base, tokens, resamples=RESAMPLES, seed=stats.SEED)
     assert difference is not None  # `_other_teacher` has seen to it
-    p = stats.paired_p(y, x, resamples=RESAMPLES, seed=SEED)
+    p = stats.paired_p(y, x, resamples=RESAMPLES, seed=stats.SEED)
     return _found(a, b, "kl_closed", difference, p, "sign flips")
 
 

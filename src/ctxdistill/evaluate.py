@@ -308,10 +308,10 @@ def shared(metric: str, *arms: Sequence[Score]) -> list[np.ndarray[Any, Any]]:
 
 
 def tables(
-    scores: Mapping[str, Sequence[Score]], latencies: Mapping[str, Sequence[float]], section: EvalSection, seed: int
+    scores: Mapping[str, Sequence[Score]], latencies: Mapping[str, Sequence[float]], section: EvalSection
 ) -> dict[str, Any]:
     """`evaluation.json` but for gate, training and cost."""
-    options = {"resamples": section.bootstrap, "seed": seed}
+    options = {"resamples": section.bootstrap, "seed": stats.SEED}
     arms = [arm for arm in ARMS if arm in scores]
     first = scores[arms[0]]
     main = main_metric(first)
@@ -427,7 +427,7 @@ def gate_verdict(
     scores: Mapping[str, Sequence[Score]], pairs: Sequence[Pair], lm: LM, recipe: Recipe
 ) -> dict[str, Any]:
     """Is there anything to teach? From the zero-shot and in-context arms on the same rows."""
-    options = {"resamples": recipe.eval.bootstrap, "seed": recipe.train.seed}
+    options = {"resamples": recipe.eval.bootstrap, "seed": stats.SEED}
     base, teacher = scores["zero_shot"], scores["in_context"]
     kl = kl_estimate(base, **options)
     metric, gain = main_metric(base), None

@@ -524,7 +524,7 @@ def measure(
     latencies = {}
     if recipe.eval.latency_rows:
         latencies = {arm: evaluation.latency(arm, lm, prompter, pairs, recipe, progress) for arm in evaluation.ARMS}
-    found = evaluation.tables({k: v for k, v in scores.items() if v}, latencies, recipe.eval, recipe.train.seed)
+    found = evaluation.tables({k: v for k, v in scores.items() if v}, latencies, recipe.eval)
     found["behaviour"] = behaviour(recipe, lm, prompter, rows, store, progress)
     if recipe.behaviour.contexts:
         check = Check(recipe, lm, prompter, store)
