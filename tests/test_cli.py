@@ -276,6 +276,8 @@ def test_what_the_user_can_fix_is_2(pipeline: types.SimpleNamespace, capfd: pyte
         (["gate", "my.toml", "--nope"], "No such option"),
         (["show", "my.toml", "--row", "-1"], "--row"),
         (["gate", "missing.toml"], "no recipe at missing.toml"),
+        (["study", "missing.toml"], "no study at missing.toml"),
+        (["study", "."], "a study file (.toml)"),
         (["gate", "my.toml", "train.lrr=1"], "did you mean 'lr'?"),
         (["gate", "my.toml", "lr"], "section.key=value"),
         (["init", "my.toml"], "is there already"),
@@ -608,6 +610,29 @@ def test_prompts_stand_beside_each_other_when_there_is_room(columns: int, beside
     assert any("teacher prompt" in line and "student prompt" in line for line in lines) is beside
     assert "\x1b[2;4m<|system|>" in shown  # dim and underlined
     assert "⟦" not in shown
+
+
+@pytest.mark.parametrize(
+    "line", [["compare", "."], ["evaluate"], ["try", "hello"], ["export", "--format", "peft"], ["report"]]
+)
+@pytest.mark.parametrize(
+    ("file", "what", "fix"),
+    [
+        ("study_recipe.json", "a study's folder", "ctxdistill report"),
+        ("compose.json", "a sum of adapters", "both/adapter"),
+    ],
+)
+def test_a_folder_of_another_kind_is_named(
+    line: list[str], file: str, what: str, fix: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if (line, file) == (["report"], "study_recipe.json"):
+        return  # that is what writes it
+    folder = tmp_path / "both"
+    folder.mkdir()
+    (folder / file).write_text("{}")
+    assert cli.main([line[0], str(folder), *line[1:]]) == 2
+    said = capfd.readouterr().err
+    assert what in said and fix in said and "no recipe.json in it" not in said
 
 
 # -- init ------------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ class Study(Section):
 
         Raises: `RecipeError` that lists every problem at once.
         """
-        raw = read_toml(path, overrides, start="copy one of recipes/, or see docs/study.md")
+        raw = read_toml(path, overrides, start="copy one of recipes/, or see docs/study.md", what="study")
         if {"context", "queries"} & raw.keys():
             raise RecipeError(f"{path} is a recipe and not a study", fix=f"ctxdistill distill {shlex.quote(str(path))}")
         return cls.from_dict(raw, Path(path).resolve().parent)

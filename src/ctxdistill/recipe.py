@@ -831,18 +831,18 @@ def fields_of(pattern: str) -> set[str]:
     return names
 
 
-def read_toml(path: str | Path, overrides: Sequence[str], *, start: str) -> dict[str, Any]:
+def read_toml(path: str | Path, overrides: Sequence[str], *, start: str, what: str = "recipe") -> dict[str, Any]:
     """The tables of a TOML file with `overrides` put in, and `name` from the file where it has none.
 
-    Raises: `RecipeError`; `start` says how to get a file where there is none.
+    Raises: `RecipeError`; `what` is the word for such a file, `start` says how to get one where there is none.
     """
     path = Path(path)
     if path.is_dir():
-        raise RecipeError(f"{path} is a folder", expected="a recipe file (.toml)", fix="name the recipe itself")
+        raise RecipeError(f"{path} is a folder", expected=f"a {what} file (.toml)", fix=f"name the {what} itself")
     try:
         text = files.read_text(path, files.MAX_RECIPE)
     except FileNotFoundError:
-        raise RecipeError(f"no recipe at {path}", expected="a TOML file", fix=start) from None
+        raise RecipeError(f"no {what} at {path}", expected="a TOML file", fix=start) from None
     except OSError as error:
         raise RecipeError(f"cannot read {path}: {error}", expected="a readable UTF-8 text file") from None
     except ValueError as error:

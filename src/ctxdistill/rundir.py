@@ -117,11 +117,19 @@ class RunDir:
         """The folder of a run that was begun. Raises `RunError` when there is none."""
         run = cls(path)
         if not (run / "recipe.json").is_file():
-            if run.path.is_dir():
+            fix = ""
+            if (run / "study_recipe.json").is_file():
+                what = "is a study's folder, and no run folder"
+                fix = f"its page is written by: ctxdistill report {shlex.quote(str(path))}"
+            elif (run / "compose.json").is_file():
+                what = "holds a sum of adapters, and is no run folder"
+                fix = f"name one of the runs behind the sum; to use the sum, serve {run / 'adapter'}"
+            elif run.path.is_dir():
                 what = "is not a run folder (no recipe.json in it)"
             else:
                 what = "is a file, and no run folder" if run.path.exists() else "does not exist"
-            raise RunError(f"{path} {what}", expected="a folder written by `ctxdistill distill` or `ctxdistill demo`")
+            expected = "a folder written by `ctxdistill distill` or `ctxdistill demo`"
+            raise RunError(f"{path} {what}", expected=expected, fix=fix)
         return run
 
     @property
