@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -600,6 +601,26 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     assert "━━━" in shown
     assert "/s" in shown
     assert "loss: [b]x[/b]" in shown
+
+
+def test_the_bars_of_a_study_fit_a_line_and_show_what_runs(tmp_path: Path) -> None:
+    """The end of a long name is kept, and what a stage inside did is gone when the outer one goes on."""
+    code = (
+        "import time; from ctxdistill import display\n"
+        "with display.Watcher('loading') as w:\n"
+        "    for n in range(3):\n"
+        "        w('cells (SmolLM2-135M-Instruct.Q4_1-sst2-n4-set1-in_context)', n, 7); time.sleep(0.2)\n"
+        "        for m in (1, 2): w('train (loss 0.123)', m, 2); time.sleep(0.2)\n"
+        "    w('cells (SmolLM2-135M-Instruct.Q4_1-sst2-n4-set1-cd_one)', 3, 7); time.sleep(0.2)\n"
+    )
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", in_terminal(code, 80, tmp_path)).replace("\r", "\n")
+    lines = [line for line in shown.split("\n") if line.strip()]
+    assert all(len(line.rstrip()) <= 80 for line in lines)
+    bars = [line for line in lines if "cells (" in line]
+    assert bars and all("set1-in_context)" in line or "set1-cd_one)" in line for line in bars)
+    assert all(re.search(r"\d:\d\d:\d\d", line) for line in bars if "3/7" in line)  # the time left is not cut off
+    last = shown[shown.index("3/7") :]
+    assert "train" not in last
 
 
 @pytest.mark.parametrize(("columns", "beside"), [(140, True), (80, False)])

@@ -100,6 +100,11 @@ def test_a_study_end_to_end(folder: Path) -> None:
     assert {row["arm"] for row in table} == {"constant", "zero_shot", "in_context", "ft_lora", "cd_one", "cd_many"}
     stages = [(done, total) for stage, done, total in seen if stage.startswith("cells (")]
     assert stages[0] == (0, 17) and stages[-1] == (17, 17)
+    running = [stage for stage, _, _ in seen if stage.startswith("cells (")]
+    assert running[:2] == [
+        "cells (updown-zero_shot)",
+        "cells (updown-n2-set0-in_context)",
+    ]  # the one that runs, not the last
 
 
 def test_no_row_that_is_measured_is_trained_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +162,17 @@ def test_cells_of_other_settings_are_counted_and_the_settings_named(
         if rows == 11:
             assert not said
     assert said == ["finished cells of other settings (eval.rows), computed again: 2"]
+
+
+def test_the_memory_of_training_all_weights_is_spoken_of_where_an_arm_does(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ctxdistill")
+    for arm, spoken in (("in_context", False), ("ft_full", True)):
+        caplog.clear()
+        study(grid(folder, grid={"demos": [2], "sets": [0], "arms": [arm]}), folder / arm)
+        (line,) = [text for text in caplog.messages if "million parameters" in text]
+        assert ("train all weights" in line) is spoken
 
 
 def test_a_cell_does_not_depend_on_what_ran_before_it(folder: Path) -> None:

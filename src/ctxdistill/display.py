@@ -94,7 +94,8 @@ class _Rate(ProgressColumn):
 class Watcher:
     """A `Progress` callable that reports on stderr: a bar on a terminal, else a line now and then.
 
-    A stage's name may end in a changing remark in brackets, such as `train (loss 0.123)`.
+    A stage's name may end in a changing remark in brackets, such as `train (loss 0.123)`. On a terminal the remark loses its
+    beginning where the line is too narrow, and what a stage did inside of another one goes when that one goes on.
     """
 
     def __init__(self, first: str) -> None:
@@ -116,7 +117,7 @@ class Watcher:
         if not self.err.is_terminal:
             self.err.print(self._first)
             return self
-        columns = BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
+        columns = BarColumn(self._bar_width), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
         text = TextColumn("{task.description}", markup=False)
         self._bar = Progress(text, *columns, console=self.err, redirect_stdout=False)
         self._bar.start()
@@ -148,7 +149,8 @@ class Watcher:
             self._bar.start()
             if again or name not in self._tasks:
                 self._tasks[name] = self._bar.add_task(stage, total=total)
-            self._bar.update(self._tasks[name], description=visible(stage), completed=done, total=total)
+            self._end_inner(self._tasks[name])
+            self._bar.update(self._tasks[name], description=self._fitting(stage, total), completed=done, total=total)
             return
         if again or name != self._name:
             self._line()  # a stage that ended early, too, has its last line
@@ -157,6 +159,25 @@ class Watcher:
         self._state, self._printed, self._called = (stage, done, total), False, time.monotonic()
         if done >= total or self._called - self._last >= QUIET:
             self._line()
+
+    @property
+    def _bar_width(self) -> int:
+        return min(40, self.err.width // 5)
+
+    def _fitting(self, stage: str, total: int) -> str:
+        """The stage's name, with the end of its remark where the line has no room for all of it."""
+        counts = 2 * len(str(total)) + 1
+        room = self.err.width - self._bar_width - counts - len("99.9 s each 0:00:00") - 4
+        name, _, remark = (text := visible(stage)).partition(" (")
+        left = max(room - len(f"{name} (…"), 1)
+        return text if len(text) <= room or not remark else f"{name} (…{remark[-left:]}"
+
+    def _end_inner(self, outer: TaskID) -> None:
+        """Remove the bars of what was done inside of a stage that is not over."""
+        if self._bar and not next(task for task in self._bar.tasks if task.id == outer).finished:
+            self._tasks = {name: task for name, task in self._tasks.items() if task <= outer}
+            for task in [task for task in self._bar.task_ids if task > outer]:
+                self._bar.remove_task(task)
 
     def _forget_first(self) -> None:
         if self._bar and "" in self._tasks:

@@ -103,10 +103,11 @@ def study(
             holes = "" if retry else tally(counts)
             log.info("%d of %d cells are finished%s", done, len(cells), holes and f" ({holes}: --retry)")
         if todo:
-            progress(f"cells ({todo[0].id})", done, len(cells))
-        for cell in spread(ray, grid, folder, todo) if ray else alone(grid, folder, tasks, todo, progress):
-            done += 1
-            progress(f"cells ({cell.id})", done, len(cells))
+            progress(f"cells ({shown(grid, todo[0])})", done, len(cells))
+        work = spread(ray, grid, folder, todo) if ray else alone(grid, folder, tasks, todo, progress)
+        for number, cell in enumerate(work, 1):
+            named = cell if ray else todo[min(number, len(todo) - 1)]  # alone, the one that comes next
+            progress(f"cells ({shown(grid, named)})", done + number, len(cells))
         if grid.grid.draw == "paper":
             write_authors_table(folder, grid)
         page = study_report.write_report(folder.path, paper_csv)
@@ -138,6 +139,11 @@ def outcome(grid: Study, folder: str | Path) -> dict[str, Any]:
         },
         "claims": RunDir(folder).read_json("study.json")["claims"],
     }
+
+
+def shown(grid: Study, cell: Cell) -> str:
+    """The cell's id, without the model's name where there is one model."""
+    return cell.id if len(grid.model.names) > 1 else cell.id.removeprefix(f"{model_label(cell.model)}-")
 
 
 def alone(
@@ -299,10 +305,12 @@ class Runner:
             key = "model.teacher" if name == m.teacher else "model.names"
             lm = self.models[name] = LM.load(section, self.grid.base_dir, dropout=m.dropout, key=key)
             count, size = lm.info["parameters"], next(lm.model.parameters()).element_size()
-            log.info(
-                "%s on %s: %.0f million parameters, %.1f GB; arms that train all weights take about %.1f GB",
-                model_label(name), lm.device, count / 1e6, count * size / 1e9, 5 * count * size / 1e9,
-            )  # fmt: skip
+            line = (
+                f"{model_label(name)} on {lm.device}: {count / 1e6:.0f} million parameters, {count * size / 1e9:.1f} GB"
+            )
+            if any(self.grid.arm(arm).trains in ("full", "head") for arm in self.grid.grid.arms):
+                line += f"; arms that train all weights take about {5 * count * size / 1e9:.1f} GB"
+            log.info("%s", line)
         return self.models[name]
 
 
