@@ -327,6 +327,17 @@ def test_ctrl_c_is_130_and_says_how_to_go_on(
     assert "Traceback" not in captured.err
 
 
+def test_a_study_that_is_stopped_goes_on_as_it_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("s.toml").write_text('[model]\nnames = "a/b"\n[tasks]\nnames = "trec"\n')
+    monkeypatch.setattr("ctxdistill.study.study", failing(KeyboardInterrupt()))
+    assert cli.main(["study", "s.toml", "--paper", "p.csv", "--ray", "local", "--retry"]) == 130
+    again = "ctxdistill study s.toml --out runs/s --retry --paper p.csv --ray local"
+    assert capfd.readouterr().err.splitlines()[-1] == f"stopped; go on with: {again}"
+
+
 def test_the_package_is_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "ctxdistill", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ctxdistill.__version__

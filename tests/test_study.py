@@ -383,6 +383,7 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(folder: Path) -
         with pytest.raises(RunError, match="belongs to another study") as caught:
             study(other, folder / "out")
         assert found in caught.value.found and "--out" in caught.value.fix
+        assert ("name=tiny" in caught.value.fix) == (other.name == "else")
         assert all(path.read_bytes() == raw for path, raw in before.items())
     study(grid(folder, tasks={"names": ["updown", "other"]}, grid=only), folder / "out")  # a grown grid goes on
     assert len(cells(folder / "out")) == 2

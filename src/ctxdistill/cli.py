@@ -532,7 +532,12 @@ def study(
         raise RunError("no study is named", expected="a .toml file", fix="ctxdistill study --tasks lists what there is")
     loaded = Study.load(path, overrides or ())
     folder = out or Path("runs") / (loaded.name or "study")
-    again = _again("study", str(path), *(overrides or ()), "--out", str(folder))
+    more = [
+        *(["--retry"] if retry else []),
+        *(["--paper", str(paper)] if paper else []),
+        *(["--ray", ray] if ray else []),
+    ]
+    again = _again("study", str(path), *(overrides or ()), "--out", str(folder), *more)
     with _work(as_json, f"stopped; go on with: {again}", first=f"{len(loaded.cells())} cells; {LOADING}") as watcher:
         from ctxdistill import study as studies
 

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 from collections import Counter
@@ -415,7 +416,8 @@ def check_owner(folder: RunDir, grid: Study) -> dict[str, Any]:
             f"{folder.path} belongs to another study",
             expected=f"the study {name_of(grid)!r}" + (", with cells of its grid" if strange else ""),
             found=f"the study {name!r}" + (f", with cells such as {there[0]}" if strange else ""),
-            fix="choose another folder with --out, or delete this one",
+            fix="choose another folder with --out, or delete this one"
+            + ("" if strange else f"; if it only has another name now: name={shlex.quote(name)}"),
         )
     return values
 
