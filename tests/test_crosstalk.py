@@ -104,11 +104,13 @@ def test_what_is_printed_has_rows_of_one_context_and_teachers_or_adapters_across
     means = {i: {j: {"mean": value} for j, value in row.items()} for i, row in numbers.items()}
     own = {i: {"mean": 0.5} for i in numbers}
     found = {"names": ["a", "b"], "kl": means, "alone": means, "nearest": own, "closed": own, "good": True, "rank": 8}
+    found["weights"] = {"a": 1.0, "b": 0.25}
     display.composed(display.console(), Path("x"), found)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     for row in (["a", "0.100", "0.200", "50.0", "50.0"], ["b", "0.300", "0.400", "50.0", "50.0"],
                 ["a", "10.0", "20.0"], ["b", "30.0", "40.0"]):  # fmt: skip
         assert row in lines
+    assert " ".join(lines[-1]) == "the sum: 1 times a + 0.25 times b"
 
 
 def test_names_must_name_the_contexts(job: Path) -> None:
